@@ -7,7 +7,6 @@ from functools import partial
 
 import keras
 import numpy as np
-import tensorflow as tf
 from keras import layers
 
 SCALE = 4
@@ -18,10 +17,8 @@ def _policy(precision):
     return "mixed_bfloat16" if precision == "bfloat16" else "float32"
 
 
-def _batch_normalization(policy, **kwargs):
-    """Statistics are shared between replicas, so that several devices train as one does."""
-    synchronized = tf.distribute.get_strategy().num_replicas_in_sync > 1
-    return layers.BatchNormalization(momentum=0.99, epsilon=1e-5, synchronized=synchronized, dtype=policy, **kwargs)
+def _normalization(policy, **kwargs):
+    return layers.BatchNormalization(momentum=0.99, epsilon=1e-5, dtype=policy, **kwargs)
 
 
 def generator(precision="float32"):
@@ -34,7 +31,7 @@ def generator(precision="float32"):
     policy = _policy(precision)
     conv = partial(layers.Conv2D, padding="same", kernel_initializer="he_normal", dtype=policy)
     prelu = partial(layers.PReLU, shared_axes=[1, 2], alpha_initializer=keras.initializers.Constant(0.25), dtype=policy)
-    norm = partial(_batch_normalization, policy)
+    norm = partial(_normalization, policy)
 
     lr = keras.Input((None, None, 3), name="lr")
     x = layers.Rescaling(1 / 255, dtype=policy)(lr)  # [0, 1]
@@ -116,9 +113,17 @@ def discriminator(precision="float32"):
     ):
         x = layers.Conv2D(filters, 3, stride, padding="same", dtype=policy, name=f"conv{i}")(x)
         if i > 1:
-            x = _batch_normalization(policy, name=f"norm{i}")(x)
+            x = _normalization(policy, name=f"norm{i}")(x)
         x = layers.LeakyReLU(0.2, dtype=policy)(x)
     x = layers.Flatten(dtype=policy)(x)  # (batch, 6 * 6 * 512)
     x = layers.LeakyReLU(0.2, dtype=policy)(layers.Dense(1024, dtype=policy, name="dense1")(x))
     logit = layers.Dense(1, dtype="float32", name="logit")(x)
     return keras.Model(hr, logit, name="discriminator")
+
+
+def load_weights(network, path):
+    """Load a `.weights.h5` file. Raises ValueError if it is none, or doesn't fit `network`."""
+    try:
+        network.load_weights(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} doesn't hold weights of the {network.name}") from error

@@ -3,6 +3,7 @@
 Pictures are RGB, NHWC, 0 to 255 on both sides of a network; each rescales inside itself.
 """
 
+import warnings
 from functools import partial
 
 import keras
@@ -124,6 +125,8 @@ def discriminator(precision="float32"):
 def load_weights(network, path):
     """Load a `.weights.h5` file. Raises ValueError if it is none, or doesn't fit `network`."""
     try:
-        network.load_weights(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Keras says of a file that doesn't fit, before it raises
+            network.load_weights(path)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path} doesn't hold weights of the {network.name}") from error

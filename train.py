@@ -336,7 +336,7 @@ def run_phase(name, step_function, steps, batches, checkpoints, validate, crop, 
 def train(args):
     """Train SRResNet and then SRGAN as `args`, the flags of main.py, say. Returns the exit code.
 
-    Whatever could fail later is tried before the first step. Raises OSError, ValueError, FloatingPointError.
+    Whatever could fail later is tried before the first step. Raises OSError, ValueError, FloatingPointError, MemoryError.
     """
     run_dir = Path(args.run_dir)
     (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -365,7 +365,10 @@ def train(args):
             return data.patches(train_pictures, args.BATCH_SIZE, first, last, seed, args.jpeg)
 
         checkpoints = Checkpoints(run_dir / "checkpoints", name, generator=generator, optimizer=optimizer, **networks)
-        interrupted = run_phase(name, step_function, steps, batches, checkpoints, validate_averaged, crop, args)
+        try:
+            interrupted = run_phase(name, step_function, steps, batches, checkpoints, validate_averaged, crop, args)
+        except tf.errors.ResourceExhaustedError as error:
+            raise MemoryError(f"out of memory with --BATCH_SIZE {args.BATCH_SIZE}: try a smaller one") from error
         if interrupted:
             print(f"\nInterrupted, and saved: the same command goes on from {checkpoints.all()[0]}")
             return 128 + interrupted

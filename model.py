@@ -3,6 +3,7 @@
 Pictures are RGB, NHWC, 0 to 255 on both sides of a network; each rescales inside itself.
 """
 
+import warnings
 from functools import partial
 
 import keras
@@ -18,10 +19,8 @@ def _policy(precision):
     return "mixed_bfloat16" if precision == "bfloat16" else "float32"
 
 
-def _batch_normalization(policy, **kwargs):
-    """Statistics are shared between replicas, so that several devices train as one does."""
-    synchronized = tf.distribute.get_strategy().num_replicas_in_sync > 1
-    return layers.BatchNormalization(momentum=0.99, epsilon=1e-5, synchronized=synchronized, dtype=policy, **kwargs)
+def _normalization(policy, **kwargs):
+    return layers.BatchNormalization(momentum=0.99, epsilon=1e-5, dtype=policy, **kwargs)
 
 
 def generator(precision="float32"):
@@ -34,7 +33,7 @@ def generator(precision="float32"):
     policy = _policy(precision)
     conv = partial(layers.Conv2D, padding="same", kernel_initializer="he_normal", dtype=policy)
     prelu = partial(layers.PReLU, shared_axes=[1, 2], alpha_initializer=keras.initializers.Constant(0.25), dtype=policy)
-    norm = partial(_batch_normalization, policy)
+    norm = partial(_normalization, policy)
 
     lr = keras.Input((None, None, 3), name="lr")
     x = layers.Rescaling(1 / 255, dtype=policy)(lr)  # [0, 1]
@@ -116,7 +115,7 @@ def discriminator(precision="float32"):
     ):
         x = layers.Conv2D(filters, 3, stride, padding="same", dtype=policy, name=f"conv{i}")(x)
         if i > 1:
-            x = _batch_normalization(policy, name=f"norm{i}")(x)
+            x = _normalization(policy, name=f"norm{i}")(x)
         x = layers.LeakyReLU(0.2, dtype=policy)(x)
     x = layers.Flatten(dtype=policy)(x)  # (batch, 6 * 6 * 512)
     x = layers.LeakyReLU(0.2, dtype=policy)(layers.Dense(1024, dtype=policy, name="dense1")(x))
@@ -127,24 +126,22 @@ def discriminator(precision="float32"):
 # ------------------------------------------------------------------------------------------------- weights from files
 
 
-def load_weights(model, path):
-    """Load a `.weights.h5` file into `model`. Raises ValueError, in one line, if the file is not that or does not fit."""
-    if not str(path).endswith(".weights.h5"):
-        raise ValueError(f"{path}: a weights file is named *.weights.h5")
-    before = model.get_weights()
+def load_weights(network, path):
+    """Load a `.weights.h5` file. Raises ValueError if it is none, or doesn't fit `network`."""
     try:
-        model.load_weights(path)
-    except Exception as error:  # h5py and Keras raise a dozen kinds for files that are damaged, cut short or another model's
-        model.set_weights(before)
-        raise ValueError(f"{path}: not weights of this {model.name}, or damaged ({type(error).__name__})") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Keras says of a file that doesn't fit, before it raises
+            network.load_weights(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} doesn't hold weights of the {network.name}") from error
 
 
-def load_blend(model, srresnet, srgan, amount):
+def load_blend(network, srresnet, srgan, amount):
     """Load weights between those of two files: `amount` 0 is all SRResNet, 1 all SRGAN. Raises as `load_weights`."""
-    load_weights(model, srresnet)
-    start = model.get_weights()
-    load_weights(model, srgan)
-    model.set_weights([(1 - amount) * a + amount * b for a, b in zip(start, model.get_weights())])
+    load_weights(network, srresnet)
+    start = network.get_weights()
+    load_weights(network, srgan)
+    network.set_weights([(1 - amount) * a + amount * b for a, b in zip(start, network.get_weights())])
 
 
 # ----------------------------------------------------------------------------- the generator on a picture of any size

@@ -63,6 +63,12 @@ def degrade(hr):
     return np.asarray(image.resize((width // SCALE, height // SCALE), Image.Resampling.BICUBIC))
 
 
+def bicubic(lr):
+    """The 4x bicubic interpolation that every result is compared with: `(h, w, 3)` uint8 to `(4h, 4w, 3)` uint8."""
+    height, width = lr.shape[:2]
+    return np.asarray(Image.fromarray(lr).resize((width * SCALE, height * SCALE), Image.Resampling.BICUBIC))
+
+
 # ------------------------------------------------------------------------------------------------------------- DIV2K
 
 # The HR archives are enough: `degrade` makes the LR. As {name: (first picture, last picture, bytes, sha256)}.

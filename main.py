@@ -20,6 +20,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something: not those of switches, nor those which the text explains."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def number(kind, low, high=math.inf, low_excluded=False):
     """An argparse type: a finite `kind` from `low` to `high`."""
 
@@ -49,11 +56,11 @@ def make_parser():
     parser = Parser(
         prog="main.py",
         description="Train SRGAN, or upscale pictures four times with it (--pretrained).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Formatter,
         allow_abbrev=False,
     )
     whole, above_zero = number(int, 1), number(float, 0, low_excluded=True)
-    add = parser.add_argument_group("the flags you know").add_argument
+    add = parser.add_argument_group("main flags").add_argument
     add("--STEPS", type=number(int, 0), default=2000, metavar="N", help="GAN training steps; 0: only pre-train")
     add("--PREGENSTEPS", type=number(int, 0), default=2000, metavar="N", help="generator pre-training steps; 0: only the GAN")
     add("--BATCH_SIZE", type=whole, default=128, metavar="N", help="patches in a step, over all devices")
@@ -149,11 +156,36 @@ def evaluate(args):
     """`--evaluate`: print PSNR and SSIM of bicubic and of the weights, picture by picture. Returns the exit code."""
 
 
+def start_tensorflow():
+    """Import TensorFlow, quietly and set up for the machine. Returns the device's name.
+
+    Its C++ side greets on stderr before any setting can keep it from it, hence the detour of file descriptor 2.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # off by default without AVX-512, and 2.5 times as fast
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        import tensorflow as tf
+
+        gpus = tf.config.list_physical_devices("GPU")
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+    for gpu in gpus:
+        tf.config.experimental.set_memory_growth(gpu, True)
+    if not gpus and Path("/proc/driver/nvidia/version").exists():
+        print("Warning: TensorFlow doesn't see the NVIDIA GPU: pip install 'tensorflow[and-cuda]'", file=sys.stderr)
+    names = [tf.config.experimental.get_device_details(gpu).get("device_name", gpu.name) for gpu in gpus]
+    return ", ".join(names) or f"CPU with {os.cpu_count()} cores"
+
+
 def main(argv=None):
     args = parse(sys.argv[1:] if argv is None else argv)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # off by default without AVX-512, where it is 2.5 times as fast
     try:
+        print(f"Running on {start_tensorflow()}")
         if args.pretrained:
             return upscale(args)
         if args.evaluate:
@@ -163,7 +195,7 @@ def main(argv=None):
         return train.train(args)
     except KeyboardInterrupt:
         return 130
-    except (OSError, ValueError, ArithmeticError) as error:
+    except (OSError, ValueError, ArithmeticError, MemoryError) as error:
         if sys.flags.dev_mode:
             raise
         print(f"main.py: {' '.join(str(error).split())}", file=sys.stderr)

@@ -1,0 +1,296 @@
+"""Training: what a step moves, and a run that is cut off and goes on."""
+
+import argparse
+import os
+import signal
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+import data
+import losses
+import main
+import model
+import train
+from conftest import make_picture
+
+
+def tiny_generator(precision="float32"):
+    lr = keras.Input((None, None, 3))
+    x = layers.BatchNormalization()(layers.Conv2D(48, 3, padding="same")(layers.Rescaling(1 / 255)(lr)))
+    return keras.Model(lr, layers.Rescaling(127.5, 127.5)(keras.ops.depth_to_space(x, 4)), name="generator")
+
+
+def tiny_discriminator(precision="float32"):
+    hr = keras.Input((96, 96, 3))
+    x = layers.BatchNormalization()(layers.Conv2D(4, 3, 4)(layers.Rescaling(1 / 255)(hr)))
+    return keras.Model(hr, layers.Dense(1)(layers.Flatten()(layers.LeakyReLU(0.2)(x))), name="discriminator")
+
+
+def tiny_vgg(layer="", weights=None):
+    pictures = keras.Input((None, None, 3))
+    conv = layers.Conv2D(4, 3, kernel_initializer=keras.initializers.GlorotUniform(seed=0))
+    vgg = keras.Model(pictures, conv(layers.Rescaling(1 / 255)(pictures)))
+    vgg.trainable = False
+    return vgg
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    monkeypatch.setattr(model, "generator", tiny_generator)
+    monkeypatch.setattr(model, "discriminator", tiny_discriminator)
+    monkeypatch.setattr(losses, "vgg_features", tiny_vgg)
+    monkeypatch.setattr(data, "FOLDER", tmp_path / "data")
+
+
+def flags(photos, run_dir, *more):
+    common = f"--data_dir {photos} --run_dir {run_dir} --BATCH_SIZE 4 --PREGENSTEPS 12 --STEPS 8 --save_every 5 --eval_every 4"
+    return main.parse([*common.split(), *more])
+
+
+def batch(size=2):
+    hr = np.stack([make_picture(seed, 96, 96) for seed in range(size)])
+    return np.stack([data.degrade(picture) for picture in hr]), hr
+
+
+def values(network):
+    return [w.copy() for w in network.get_weights()]
+
+
+def equal(before, after):
+    return [np.array_equal(a, b) for a, b in zip(before, after)]
+
+
+def test_gan_step_moves_both_networks_and_never_vgg():
+    generator, discriminator, vgg = tiny_generator(), tiny_discriminator(), tiny_vgg()
+    optimizers = [train.make_optimizer(1e-3, network) for network in (generator, discriminator)]
+    step = train.make_gan_step(generator, discriminator, vgg, *optimizers)
+    before = [values(network) for network in (generator, discriminator, vgg)]
+    scalars = step(*batch())
+    generator_kept, discriminator_kept, vgg_kept = (equal(b, values(n)) for b, n in zip(before, (generator, discriminator, vgg)))
+    assert all(vgg_kept) and not any(discriminator_kept) and not any(generator_kept)
+    assert set(scalars) == {"Perceptual Loss", "Discriminator Loss", "Content Loss", "Adversarial Loss", "D(HR)", "D(SR)"}
+
+
+@pytest.mark.parametrize("frozen", ["generator", "discriminator"])
+def test_each_loss_moves_its_own_network_only(frozen):
+    """With one network's learning rate at 0, only the statistics of its normalisation move."""
+    generator, discriminator, vgg = tiny_generator(), tiny_discriminator(), tiny_vgg()
+    rates = {"generator": 1e-3, "discriminator": 1e-3, frozen: 0.0}
+    optimizers = [train.make_optimizer(rates[network.name], network) for network in (generator, discriminator)]
+    step = train.make_gan_step(generator, discriminator, vgg, *optimizers)
+    before = {network.name: [v.numpy() for v in network.trainable_variables] for network in (generator, discriminator)}
+    step(*batch())
+    for network in (generator, discriminator):
+        kept = equal(before[network.name], [v.numpy() for v in network.trainable_variables])
+        assert all(kept) if network.name == frozen else not any(kept)
+
+
+def test_gan_step_reports_the_papers_losses():
+    generator, discriminator, vgg = tiny_generator(), tiny_discriminator(), tiny_vgg()
+    lr, hr = (tf.cast(x, tf.float32) for x in batch())
+    sr, logits_hr = generator(lr, training=True), discriminator(hr, training=True)
+    logits_sr = discriminator(sr, training=True)
+    content = float(losses.content_loss(vgg(hr), vgg(sr)))
+    adversarial = float(losses.adversarial_loss(logits_sr))
+    optimizers = [train.make_optimizer(1e-3, network) for network in (generator, discriminator)]
+    scalars = train.make_gan_step(generator, discriminator, vgg, *optimizers)(*batch())
+    assert float(scalars["Content Loss"]) == pytest.approx(content, rel=1e-4)
+    assert float(scalars["Perceptual Loss"]) == pytest.approx(content + 1e-3 * adversarial, rel=1e-4)
+    assert float(scalars["Discriminator Loss"]) == pytest.approx(float(losses.discriminator_loss(logits_hr, logits_sr)), rel=1e-4)
+    assert float(scalars["D(HR)"]) == pytest.approx(float(tf.reduce_mean(tf.sigmoid(logits_hr))), rel=1e-4)
+
+
+def test_pretraining_overfits_one_batch():
+    keras.utils.set_random_seed(0)
+    generator = model.generator()
+    step = train.make_pretrain_step(generator, train.make_optimizer(1e-3, generator))
+    lr, hr = batch(1)
+    history = [float(step(lr[:, :12, :12], hr[:, :48, :48])["MSE Loss"]) for _ in range(60)]
+    assert history[-1] < 0.5 * history[0]
+
+
+def test_schedules():
+    paper = train.make_schedule("paper", 1e-4, 100, drop=True)
+    assert [float(paper(step)) for step in (0, 49, 51, 99)] == pytest.approx([1e-4, 1e-4, 1e-5, 1e-5])
+    assert float(train.make_schedule("paper", 1e-4, 100)(99)) == pytest.approx(1e-4)
+    assert float(train.make_schedule("none", 1e-4, 100, drop=True)(99)) == pytest.approx(1e-4)
+    cosine = train.make_schedule("cosine", 1e-3, 100)
+    assert [float(cosine(step)) for step in (0, 50, 100)] == pytest.approx([1e-3, 5e-4, 0], abs=1e-9)
+
+
+def test_ema_averages_the_weights_and_gives_the_raw_ones_back():
+    generator = tiny_generator()
+    optimizer = train.make_optimizer(1e-2, generator, ema=0.5)
+    step = train.make_pretrain_step(generator, optimizer)
+    history = []
+    for _ in range(3):
+        step(*batch())
+        history.append([v.numpy() for v in generator.trainable_variables])
+    with train.averaged_weights(generator, optimizer):
+        averaged = [v.numpy() for v in generator.trainable_variables]
+    for i, variable in enumerate(generator.trainable_variables):
+        expected = 0.25 * history[0][i] + 0.25 * history[1][i] + 0.5 * history[2][i]
+        np.testing.assert_allclose(averaged[i], expected, rtol=1e-4, atol=1e-6)
+        np.testing.assert_array_equal(variable, history[2][i])
+
+
+def test_validation_looks_at_fixed_aligned_crops(photos, monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "FOLDER", tmp_path)
+    monkeypatch.setattr(train, "VALID_SIZE", 64)
+    pairs = train.validation_pairs(data.load(photos)[1])
+    assert [(lr.shape, hr.shape) for lr, hr in pairs] == [((16, 16, 3), (64, 64, 3))] * 2
+    for lr, hr in pairs:
+        difference = np.abs(data.degrade(hr)[4:-4, 4:-4].astype(int) - lr[4:-4, 4:-4])
+        assert difference.max() == 0
+
+
+def points(logs):
+    """{(tag, step): value or True} of TensorBoard's files; fails on a point that stands there twice."""
+    found = {}
+    for path in logs.glob("events*"):
+        for record in tf.data.TFRecordDataset(str(path)):
+            event = tf.compat.v1.Event.FromString(record.numpy())
+            for value in event.summary.value:
+                assert (value.tag, event.step) not in found, "a point is drawn twice"
+                tensor = tf.make_ndarray(value.tensor)
+                found[value.tag, event.step] = float(tensor) if tensor.shape == () else True
+    return found
+
+
+def weights(path):
+    network = tiny_generator()
+    network.load_weights(path)
+    return values(network)
+
+
+@pytest.mark.parametrize("ema", ["0", "0.9"])
+@pytest.mark.parametrize("cut_off_after", [(3,), (7, 11), (12 + 3,), (5, 12 + 2, 12 + 7)])
+def test_a_run_that_was_cut_off_ends_like_one_that_was_not(tiny, photos, tmp_path, monkeypatch, cut_off_after, ema):
+    """The process dies in the middle of a step; the same command, again, gives the same weights and curves."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert train.train(flags(photos, whole, "--ema", ema)) == 0
+
+    class Killed(BaseException):
+        pass
+
+    def dying(make, done):
+        def make_step(*args):
+            step = make(*args)
+
+            def counted(lr, hr):
+                done.append(1)
+                if len(done) == dies_after + 1:
+                    raise Killed
+                return step(lr, hr)
+
+            return counted
+
+        return make_step
+
+    makers = {name: getattr(train, name) for name in ("make_pretrain_step", "make_gan_step")}
+    for limit in cut_off_after:
+        saved = [(p.name.startswith("gan"), train.Checkpoints.step_of(p)) for p in (cut / "checkpoints").glob("*-*")]
+        already = max([12 * gan + step for gan, step in saved], default=0)
+        done, dies_after = [], limit - already
+        for name, make in makers.items():
+            monkeypatch.setattr(train, name, dying(make, done))
+        with pytest.raises(Killed):
+            train.train(flags(photos, cut, "--ema", ema))
+    for name, make in makers.items():
+        monkeypatch.setattr(train, name, make)
+    assert train.train(flags(photos, cut, "--ema", ema)) == 0
+
+    for name in ("srresnet", "srgan"):
+        assert all(equal(weights(whole / f"{name}.weights.h5"), weights(cut / f"{name}.weights.h5")))
+    for phase in ("pretrain", "gan"):
+        assert points(cut / "logs" / phase) == points(whole / "logs" / phase)
+
+
+def test_curves_and_pictures_of_a_run(tiny, photos, tmp_path):
+    assert train.train(flags(photos, tmp_path / "run")) == 0
+    pretrain, gan = (points(tmp_path / "run" / "logs" / phase) for phase in ("pretrain", "gan"))
+    pictures = {"crop/bicubic", "crop/SR", "crop/HR"}
+    assert {tag for tag, _ in pretrain} == {"MSE Loss", "PSNR"} | pictures
+    assert {tag for tag, _ in gan} == {
+        "Perceptual Loss", "Discriminator Loss", "Content Loss", "Adversarial Loss", "D(HR)", "D(SR)", "PSNR",
+    } | pictures  # fmt: skip
+    assert [step for tag, step in pretrain if tag == "PSNR"] == [0, 4, 8, 12]
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == [
+        "gan-0000005", "gan-0000008", "pretrain-0000010", "pretrain-0000012",
+    ]  # fmt: skip
+
+
+def test_more_steps_extend_a_finished_run(tiny, photos, tmp_path, capsys):
+    assert train.train(flags(photos, tmp_path / "run")) == 0
+    capsys.readouterr()
+    assert train.train(flags(photos, tmp_path / "run", "--STEPS", "11")) == 0
+    assert "gan: going on after step 8" in capsys.readouterr().out
+    assert max(step for tag, step in points(tmp_path / "run" / "logs" / "gan")) == 11
+
+
+def test_other_options_are_refused_and_other_learning_rates_are_not(tiny, photos, tmp_path):
+    run = tmp_path / "run"
+    assert train.train(flags(photos, run, "--STEPS", "0")) == 0
+    with pytest.raises(ValueError, match="begun with --BATCH_SIZE 4, not 8"):
+        train.train(flags(photos, run, "--BATCH_SIZE", "8"))
+    assert train.train(flags(photos, run, "--PREGENSTEPS", "14", "--STEPS", "0", "--lr_pre_gen", "1e-5")) == 0
+
+
+def test_damaged_checkpoint_is_passed_over(tiny, photos, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train.train(flags(photos, run, "--STEPS", "0")) == 0
+    before = weights(run / "srresnet.weights.h5")
+    newest = run / "checkpoints" / "pretrain-0000012" / "state.data-00000-of-00001"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 255
+    newest.write_bytes(content)
+    assert train.train(flags(photos, run, "--STEPS", "0")) == 0
+    captured = capsys.readouterr()
+    assert "is damaged" in captured.err and "going on after step 10" in captured.out
+    assert all(equal(before, weights(run / "srresnet.weights.h5")))
+
+
+def test_loss_that_is_not_finite_stops_the_run(tiny, photos, tmp_path):
+    with pytest.raises(FloatingPointError, match="between steps 1 and 10.*last good checkpoint.*lower learning rate"):
+        train.train(flags(photos, tmp_path / "run", "--lr_pre_gen", "1e30", "--lr_decay", "none"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves_and_says_how_to_go_on(tiny, photos, tmp_path, monkeypatch, capsys, number):
+    make = train.make_pretrain_step
+
+    def interrupted(*args):
+        step, done = make(*args), []
+
+        def counted(lr, hr):
+            done.append(1)
+            if len(done) == 7:
+                os.kill(os.getpid(), number)
+            return step(lr, hr)
+
+        return counted
+
+    monkeypatch.setattr(train, "make_pretrain_step", interrupted)
+    assert train.train(flags(photos, tmp_path / "run")) == 128 + number
+    assert "the same command goes on from" in capsys.readouterr().out
+    assert (tmp_path / "run" / "checkpoints" / "pretrain-0000007").is_dir()
+
+
+def test_full_disk_keeps_the_checkpoint_before(tiny, tmp_path, monkeypatch):
+    network = tiny_generator()
+    checkpoints = train.Checkpoints(tmp_path, "pretrain", generator=network)
+    checkpoints.save(5)
+
+    def full(path):
+        (tmp_path / "pretrain-0000010.new").mkdir()
+        raise tf.errors.ResourceExhaustedError(None, None, "No space left on device")
+
+    monkeypatch.setattr(checkpoints.state, "write", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        checkpoints.save(10)
+    assert [path.name for path in tmp_path.iterdir()] == ["pretrain-0000005"]
+    assert checkpoints.restore() == 5

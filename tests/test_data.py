@@ -18,11 +18,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import data
 
-import data  # noqa: E402
-
+ROOT = Path(data.__file__).resolve().parent
 BENCHMARKS = ROOT.parent / "shared" / "data"
 
 

@@ -297,9 +297,9 @@ def run_phase(name, step_function, steps, batches, checkpoints, validate, crop, 
         log(0, {}, {"crop/bicubic": crop[0], "crop/HR": crop[1]})
         shown["PSNR"] = evaluate(0)
 
+    first, clock = start + 1, time.perf_counter()
     print(f"{name}: compiling the training step ...", flush=True)
-    first, clock, bar = start + 1, time.perf_counter(), None
-    with Interruption() as interruption:
+    with Interruption() as interruption, tqdm(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True) as bar:
         for step, (lr, hr) in enumerate(batches(start, steps), first):
             scalars = step_function(lr, hr)
             if step % LOG_EVERY == 0 or step in (first, steps):
@@ -314,21 +314,20 @@ def run_phase(name, step_function, steps, batches, checkpoints, validate, crop, 
                 if step % LOG_EVERY == 0 or step == steps:
                     log(step, scalars, {})
             if step == first:
-                print(f"{name}: compiled, with the first step, in {time.perf_counter() - clock:.1f} s")
-                bar = tqdm(total=steps, initial=step, desc=name, unit="step", dynamic_ncols=True)
+                bar.write(f"{name}: compiled, with the first step, in {time.perf_counter() - clock:.1f} s")
+                bar.unpause()  # its time left is to be without the compiling
                 clock = time.perf_counter()
             else:
-                bar.update()
                 shown["patches/s"] = f"{(step - first) * args.BATCH_SIZE / (time.perf_counter() - clock):.1f}"
             if step % args.eval_every == 0 or step == steps:
                 shown["PSNR"] = evaluate(step)
             bar.set_postfix(shown, refresh=False)
+            bar.update()
             if step % args.save_every == 0 or step == steps or interruption.received:
                 writer.flush()
                 checkpoints.save(step)
             if interruption.received:
                 break
-    bar.close()
     writer.close()
     return interruption.received
 
@@ -370,7 +369,7 @@ def train(args):
         except tf.errors.ResourceExhaustedError as error:
             raise MemoryError(f"out of memory with --BATCH_SIZE {args.BATCH_SIZE}: try a smaller one") from error
         if interrupted:
-            print(f"\nInterrupted, and saved: the same command goes on from {checkpoints.all()[0]}")
+            print(f"Interrupted, and saved: the same command goes on from {checkpoints.all()[0]}")
             return 128 + interrupted
         with averaged_weights(generator, optimizer):
             save_weights(generator, weights)

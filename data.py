@@ -4,6 +4,7 @@ Pictures are uint8 arrays `(height, width, 3)`, RGB, unless a docstring says oth
 """
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import hashlib
@@ -12,17 +13,20 @@ import io
 import json
 import os
 import shutil
+import struct
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
+import warnings
 import zipfile
+import zlib
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms
 from tqdm import tqdm
 
 SCALE = 4
@@ -31,19 +35,319 @@ FOLDER = Path(__file__).resolve().parent / "data"  # DIV2K and the prepared pict
 
 # ---------------------------------------------------------------------------------------- pictures in and out of files
 
+# What the program takes from a folder. Pillow's name of each format that it writes, and the longest side there
+# (libjpeg stops a little before JPEG's own 65,535).
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+FORMATS = {
+    ".png": ("PNG", 2**31 - 1),
+    ".jpg": ("JPEG", 65_500),
+    ".jpeg": ("JPEG", 65_500),
+    ".webp": ("WEBP", 16_383),
+    ".bmp": ("BMP", 2**31 - 1),
+    ".tif": ("TIFF", 2**31 - 1),
+    ".tiff": ("TIFF", 2**31 - 1),
+}
+WITHOUT_ALPHA = {"JPEG", "BMP"}
+SAVE_OPTIONS = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95}}  # subsampling 0: chroma at 4:4:4
+
+# EXIF that is still true of an upscaled picture: description, camera, resolution, software, date, artist, copyright,
+# and Windows's title, comment, author, keywords and subject. The rest describes how the old file was laid out.
+EXIF_TAGS = {270, 271, 272, 282, 283, 296, 305, 306, 315, 33432, *range(0x9C9B, 0x9CA0)}
+EXIF_ORIENTATION, EXIF_DETAILS, EXIF_GPS = 0x0112, 0x8769, 0x8825
+EXIF_WIDTH, EXIF_HEIGHT, EXIF_INTEROPERABILITY = 0xA002, 0xA003, 0xA005  # in EXIF_DETAILS
+
+
+@dataclasses.dataclass
+class Picture:
+    """What is kept of a picture between reading and writing."""
+
+    pixels: np.ndarray  # (h, w, 3) RGB or (h, w, 1) grey, uint8 or uint16
+    alpha: np.ndarray | None = None  # (h, w) of the same type, 0: transparent
+    exif: Image.Exif | None = None
+    icc: bytes | None = None
 
 
 def list_pictures(folder):
+    """The pictures in `folder`, not below it, by name: a sorted list of paths."""
     return sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in PICTURES and path.is_file())
 
 
 def read_rgb(path):
+    """Any picture as upright RGB, `(h, w, 3)` uint8, without its alpha. Raises ValueError if it can't be read."""
+    pixels = read_picture(path).pixels
+    if pixels.dtype == np.uint16:
+        pixels = to_8_bit(pixels)
+    return pixels if pixels.shape[2] == 3 else np.repeat(pixels, 3, axis=2)
+
+
+def read_picture(path):
+    """Any picture that Pillow can read, upright. Returns a `Picture`; grey stays grey and 16-bit stays 16-bit.
+
+    Warns (`warnings.warn`) where something is left behind: all but the first frame, depth beyond 8-bit in colour TIFF.
+    Raises ValueError, in one line that names the file, if it is no picture, or damaged.
+    """
     try:
         with Image.open(path) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"{path} is not a readable picture: {error}") from None
+            return _decode(image, path)
+    except Image.UnidentifiedImageError as error:
+        raise ValueError(f"{path} is not a picture") from error
+    except Exception as error:  # Pillow's decoders raise a dozen kinds on damaged files
+        raise ValueError(f"can't read the picture {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _decode(image, path):
+    icc = image.info.get("icc_profile")
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # MPO: a camera's JPEG with previews attached
+        warnings.warn(f"{path} has {image.n_frames} frames: only the first is taken")
+    png_16_bit = image.format == "PNG" and Path(path).open("rb").read(25)[24] == 16
+    if image.format == "TIFF" and image.mode in ("L", "LA", "RGB", "RGBA", "CMYK") and max(image.tag_v2.get(258, (8,))) > 8:
+        warnings.warn(f"{path} has {max(image.tag_v2[258])}-bit colour, of which 8 are taken: give a PNG to keep 16")
+
+    image.load()
+    exif = image.getexif()  # of a TIFF, Pillow has already applied the orientation, and taken it out of here
+    if png_16_bit and image.mode != "I;16":  # Pillow reduces colour to 8 bits
+        import tensorflow as tf
+
+        pixels = tf.io.decode_png(Path(path).read_bytes(), dtype=tf.uint16).numpy()
+    elif image.mode.startswith("I;16"):
+        pixels = np.asarray(image).astype(np.uint16)[..., None]
+    elif image.mode in ("I", "F"):
+        raise ValueError("32-bit pixels have no fixed white: save it with 8 or 16 bits")
+    else:
+        image, icc = _plain(image, icc)
+        pixels = np.asarray(image)
+        pixels = pixels.reshape(*pixels.shape[:2], -1)  # grey is (h, w) from Pillow
+
+    pixels = _upright(pixels, exif.get(EXIF_ORIENTATION, 1))
+    channels = pixels.shape[2]
+    alpha = np.ascontiguousarray(pixels[..., -1]) if channels in (2, 4) else None
+    pixels = np.ascontiguousarray(pixels[..., :3] if channels >= 3 else pixels[..., :1])
+    return Picture(pixels, alpha, exif, icc)
+
+
+def _plain(image, icc):
+    """A picture of any 8-bit mode as L, LA, RGB or RGBA, and its ICC profile if that still describes it."""
+    if image.mode in ("CMYK", "LAB"):
+        source = ImageCms.ImageCmsProfile(io.BytesIO(icc)) if icc and image.mode == "CMYK" else None
+        if image.mode == "LAB":
+            source = ImageCms.createProfile("LAB")
+        if source:
+            srgb = ImageCms.createProfile("sRGB")
+            return ImageCms.profileToProfile(image, source, srgb, outputMode="RGB"), None
+        return image.convert("RGB"), None
+    grey = image.mode in ("1", "L", "LA", "La")
+    if image.mode in ("P", "PA"):
+        colours = np.reshape(image.getpalette("RGB"), (-1, 3))
+        grey = (colours == colours[:, :1]).all()
+    alpha = image.has_transparency_data
+    return image.convert(("L" if grey else "RGB") + ("A" if alpha else "")), icc
+
+
+def _upright(pixels, orientation):
+    """Undo EXIF's orientation, 1 to 8."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return pixels
+
+
+def to_8_bit(values):
+    return np.uint8((values.astype(np.uint32) + 128) // 257)
+
+
+def spread_colours(pixels, alpha):
+    """The pixels of `(h, w, channels)` that `alpha` hides in full, in the mean colour of the visible ones nearby.
+
+    What lies there is arbitrary, often black, and would bleed into the edges of what is visible.
+    """
+    return _fill(pixels.astype(np.float32), alpha > 0).astype(pixels.dtype) if (alpha == 0).any() else pixels
+
+
+def _fill(colours, known):
+    """Fill what is not `known` from half the resolution, and that likewise."""
+    if known.all() or not known.any():
+        return colours
+    height, width, channels = colours.shape
+    even = ((0, height % 2), (0, width % 2))
+    blocks = np.pad(colours * known[..., None], (*even, (0, 0)))
+    blocks = blocks.reshape(blocks.shape[0] // 2, 2, blocks.shape[1] // 2, 2, channels).sum((1, 3))
+    counts = np.pad(known, even).reshape(blocks.shape[0], 2, blocks.shape[1], 2).sum((1, 3))
+    coarse = _fill(blocks / np.maximum(counts, 1)[..., None].astype(np.float32), counts > 0)
+    coarse = coarse.repeat(2, axis=0).repeat(2, axis=1)[:height, :width]
+    return np.where(known[..., None], colours, coarse)
+
+
+def enlarge_alpha(alpha):
+    """4x bicubic: `(h, w)` uint8 or uint16 to `(4h, 4w)`."""
+    height, width = alpha.shape
+    return np.asarray(Image.fromarray(alpha).resize((width * SCALE, height * SCALE), Image.Resampling.BICUBIC))
+
+
+def check_output(path, width=0, height=0):
+    """Raises ValueError or OSError if a picture of this size can't be written to `path`, as far as that can be known."""
+    path = Path(path)
+    if path.suffix.lower() not in FORMATS:
+        kinds = " ".join(sorted(FORMATS))
+        raise ValueError(f"can't write {path}: the name of a picture ends in one of {kinds}")
+    if path.is_dir():
+        raise IsADirectoryError(f"can't write {path}: it is a folder")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"can't write {path}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"can't write {path}: the folder {path.parent} is read-only")
+    kind, longest = FORMATS[path.suffix.lower()]
+    if max(width, height) > longest:
+        raise ValueError(f"can't write {path}: {width}x{height} is more than the {longest:,} pixels a side of a {kind}")
+    stored_raw = kind in ("BMP", "TIFF")
+    size = width * height * 3
+    if stored_raw and size >= 2**32:
+        raise ValueError(f"can't write {path}: {width}x{height} is more than the 4 GB of a {kind}")
+    free = shutil.disk_usage(path.parent).free
+    if free < (size if stored_raw else size // 100):  # no photograph is compressed further
+        raise OSError(f"can't write {path}: {free / 1e6:.0f} MB are free there, too little for {width}x{height} pixels")
+
+
+def write_picture(path, picture):
+    """Write a `Picture` in the format that the name's extension says, all of it or nothing.
+
+    Goes to a temporary file beside `path`, which then takes its place. Warns where the format keeps less than the
+    picture has: no alpha (it is flattened on white), 8 bits. Raises OSError or ValueError.
+    """
+    path = Path(path)
+    kind, _ = FORMATS[path.suffix.lower()]
+    pixels, alpha = picture.pixels, picture.alpha
+    height, width, channels = pixels.shape
+    if pixels.dtype == np.uint16 and not (kind == "PNG" or (kind == "TIFF" and channels == 1 and alpha is None)):
+        warnings.warn(f"{path} holds 8 of the picture's 16 bits: give a .png to keep all")
+        pixels, alpha = to_8_bit(pixels), None if alpha is None else to_8_bit(alpha)
+    if alpha is not None and kind in WITHOUT_ALPHA:
+        if alpha.min() < np.iinfo(alpha.dtype).max:
+            warnings.warn(f"{path} can't be transparent: put on white")
+            white, cover = Image.new("RGB", (width, height), "white"), Image.fromarray(alpha)
+            white.paste(_image(pixels).convert("RGB"), mask=cover)
+            pixels = np.asarray(white if channels == 3 else white.getchannel(0)).reshape(pixels.shape)
+        alpha = None
+
+    # The profile of a colour picture doesn't describe a grey one, nor the other way round; WebP has no grey.
+    icc = picture.icc
+    if icc and icc[16:20] != (b"GRAY" if channels == 1 and kind != "WEBP" else b"RGB "):
+        icc = None
+    exif = _exif_for(picture.exif, width, height, path)
+    if len(exif) > 65_533 and kind == "JPEG":
+        warnings.warn(f"{path}: {len(exif):,} bytes of EXIF are more than a JPEG holds, left out")
+        exif = b""
+
+    temporary = path.with_name(f".{os.getpid()}.upscaling")
+    try:
+        with open(temporary, "wb") as file:
+            if pixels.dtype == np.uint16 and kind == "PNG":
+                _write_png_16_bit(file, pixels, alpha, exif, icc)
+            else:
+                metadata = {"icc_profile": icc} | ({"exif": exif} if exif else {})
+                _image(pixels, alpha).save(file, kind, **metadata, **SAVE_OPTIONS.get(kind, {}))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _image(pixels, alpha=None):
+    image = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0])
+    if alpha is not None:
+        image.putalpha(Image.fromarray(alpha))
+    return image
+
+
+def _exif_for(old, width, height, path):
+    """What is still true of `old` in a picture of this size, as bytes; b"" if nothing is."""
+    if not old:
+        return b""
+    try:
+        new = Image.Exif()
+        for tag in EXIF_TAGS.intersection(old):
+            new[tag] = old[tag]
+        details = new.get_ifd(EXIF_DETAILS)
+        details.update(old.get_ifd(EXIF_DETAILS))
+        details.pop(EXIF_INTEROPERABILITY, None)
+        if details:
+            details |= {EXIF_WIDTH: width, EXIF_HEIGHT: height}
+        new.get_ifd(EXIF_GPS).update(old.get_ifd(EXIF_GPS))
+        return new.tobytes() if len(new) or details or new.get_ifd(EXIF_GPS) else b""
+    except Exception:  # Pillow raises a dozen kinds on damaged EXIF
+        warnings.warn(f"{path}: the EXIF of its original is damaged, left out")
+        return b""
+
+
+def _write_png_16_bit(file, pixels, alpha, exif, icc):
+    """Write a PNG of 16 bits a channel, which Pillow can't, to an open file. Rows go out in blocks, to save memory."""
+
+    def chunk(kind, content):
+        body = kind + content
+        file.write(struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body)))
+
+    height, width, channels = pixels.shape
+    kind = {1: 0, 3: 2}[channels] + (0 if alpha is None else 4)
+    file.write(b"\x89PNG\r\n\x1a\n")
+    chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0))
+    if icc:
+        chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(icc))
+    if exif:
+        chunk(b"eXIf", exif.removeprefix(b"Exif\0\0"))
+    deflate = zlib.compressobj()
+    above = 0
+    for top in range(0, height, 64):
+        rows = pixels[top : top + 64]
+        if alpha is not None:
+            rows = np.concatenate([rows, alpha[top : top + 64, :, None]], axis=-1)
+        rows = rows.astype(">u2").view(np.uint8).reshape(len(rows), -1)
+        filtered = np.empty((len(rows), 1 + rows.shape[1]), np.uint8)
+        filtered[:, 0] = 2  # "Up": each byte less the one above it
+        filtered[0, 1:] = rows[0] - above
+        filtered[1:, 1:] = rows[1:] - rows[:-1]
+        above = rows[-1]
+        chunk(b"IDAT", deflate.compress(filtered))
+    chunk(b"IDAT", deflate.flush())
+    chunk(b"IEND", b"")
+
+
+def scoring_pairs(folder):
+    """The pictures to score on: a list of `(name, hr path, lr path or None)`, by name.
+
+    `folder` holds HR pictures, or `HR/` and perhaps `LR_x4/`, whose files have the same names or end in `x4`.
+    Raises ValueError if there are none, or an LR is missing.
+    """
+    folder = Path(folder)
+    has_hr = (folder / "HR").is_dir()
+    hr_paths = list_pictures(folder / "HR" if has_hr else folder)
+    if not hr_paths:
+        raise ValueError(f"no pictures in {folder / 'HR' if has_hr else folder}")
+    if not (has_hr and (folder / "LR_x4").is_dir()):
+        return [(path.stem, path, None) for path in hr_paths]
+    lr_paths = {path.stem.removesuffix("x4"): path for path in list_pictures(folder / "LR_x4")}
+    for path in hr_paths:
+        if path.stem not in lr_paths:
+            raise ValueError(f"{path} has no LR picture of that name in {folder / 'LR_x4'}")
+    return [(path.stem, path, lr_paths[path.stem]) for path in hr_paths]
+
+
+def read_pair(hr_path, lr_path):
+    """LR and HR to score on, `(h, w, 3)` and `(4h, 4w, 3)` uint8. LR is made from HR if `lr_path` is None.
+
+    HR loses the rows and columns beyond a multiple of 4. Raises ValueError if the sizes don't go together.
+    """
+    hr = read_rgb(hr_path)
+    height, width = (side // SCALE for side in hr.shape[:2])
+    hr = np.ascontiguousarray(hr[: height * SCALE, : width * SCALE])
+    if min(hr.shape[:2]) < 2 * 4 + 11:  # the border that scores leave out, and the window of SSIM
+        raise ValueError(f"{hr_path} is too small to score")
+    lr = degrade(hr) if lr_path is None else read_rgb(lr_path)
+    if lr.shape[:2] != (height, width):
+        raise ValueError(f"{lr_path} is {lr.shape[1]}x{lr.shape[0]}, and a quarter of {hr_path} is {width}x{height}")
+    return lr, hr
 
 
 # ------------------------------------------------------------------------------------------------ the 4x degradation

@@ -5,6 +5,7 @@ Every flag is checked here before TensorFlow is imported, so that `-h` and a mis
 """
 
 import argparse
+import json
 import math
 import os
 import sys
@@ -124,15 +125,62 @@ def must_exist(path, what, kind=Path.exists):
 
 
 def check_generating(args):
-    """Resolve the weights and look at the paths, before anything slow. Raises OSError or ValueError."""
+    """Resolve the weights and the files, before anything slow. Raises OSError or ValueError."""
     args.weights = Path(args.weights or WEIGHTS / "srgan.weights.h5")
     must_exist(args.weights, "weights file", Path.is_file)
     if args.blend is not None:
         must_exist(args.weights.with_name("srresnet.weights.h5"), "weights file, which --blend mixes in", Path.is_file)
+    import data
+
     if args.pretrained:
         must_exist(args.input, "picture or folder")
-    else:
-        must_exist(args.evaluate, "folder", Path.is_dir)
+        args.jobs = folder_jobs(args) if Path(args.input).is_dir() else picture_job(args)
+        return
+    must_exist(args.evaluate, "folder", Path.is_dir)
+    args.pairs = data.scoring_pairs(args.evaluate)
+    if args.json and (Path(args.json).is_dir() or not os.access(Path(args.json).parent, os.W_OK)):
+        raise OSError(f"can't write {args.json}: it is a folder, or in none that can be written to")
+
+
+def picture_job(args):
+    """The file to read and the file to write: a list of one pair. Raises if the second can't be written."""
+    import data
+    from PIL import Image
+
+    source, target = Path(args.input), Path(args.output)
+    if target.exists() and target.samefile(source):
+        raise ValueError(f"--output {target} is --input itself, which is never overwritten: give another name")
+    try:
+        with Image.open(source) as image:
+            size = image.size
+    except Exception as error:  # Pillow raises a dozen kinds on damaged files
+        raise ValueError(f"{source} is not a picture that can be read") from error
+    data.check_output(target, *(data.SCALE * side for side in size))
+    return [(source, target)]
+
+
+def folder_jobs(args):
+    """The pictures in the folder to read, and the file to write for each: a list of pairs."""
+    import data
+
+    source, target = Path(args.input), Path(args.output)
+    if target.suffix.lower() in data.PICTURES or (target.exists() and not target.is_dir()):
+        raise ValueError(f"--input {source} is a folder: give a folder as --output, too")
+    if target.exists() and target.samefile(source):
+        raise ValueError(f"--output {target} is --input itself, whose pictures are never overwritten: give another folder")
+    above = next(folder for folder in [target, *target.absolute().parents] if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise PermissionError(f"can't write into {target}: {above} is read-only, or no folder")
+    paths = data.list_pictures(source)
+    if not paths:
+        raise ValueError(f"no pictures in {source}: it takes {' '.join(sorted(data.PICTURES))}")
+    jobs, names = [], {path.name for path in paths}
+    for path in paths:
+        name = path.name
+        if path.suffix.lower() not in data.FORMATS:  # GIF has too few colours
+            name = f"{path.stem}.png" if f"{path.stem}.png" not in names else f"{path.name}.png"
+        jobs.append((path, target / name))
+    return jobs
 
 
 def check_training(args):
@@ -149,12 +197,91 @@ def check_training(args):
         must_exist(Path(args.run_dir) / "srresnet.weights.h5", "SRResNet to start the GAN from (give --weights, or --PREGENSTEPS above 0)")
 
 
+def load_upscaler(args):
+    import model
+
+    generator = model.generator()
+    if args.blend is None:
+        model.load_weights(generator, args.weights)
+    else:
+        model.load_blend(generator, args.weights.with_name("srresnet.weights.h5"), args.weights, args.blend)
+    return model.make_upscaler(generator, args.ensemble)
+
+
+def show_warnings_in_one_line():
+    import warnings
+
+    from PIL import Image
+    from tqdm import tqdm
+
+    warnings.showwarning = lambda message, *rest: tqdm.write(f"Warning: {' '.join(str(message).split())}", file=sys.stderr)
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # who names a huge picture means it
+
+
 def upscale(args):
     """`--pretrained`: write the picture or pictures of --input, four times larger, to --output. Returns the exit code."""
+    from tqdm import tqdm
+
+    show_warnings_in_one_line()
+    upscaler = load_upscaler(args)
+    if not Path(args.input).is_dir():
+        upscale_picture(upscaler, *args.jobs[0])
+        return 0
+    Path(args.output).mkdir(parents=True, exist_ok=True)
+    failed = 0
+    for source, target in tqdm(args.jobs, unit="picture"):
+        try:
+            upscale_picture(upscaler, source, target)
+        except (OSError, ValueError, MemoryError) as error:
+            tqdm.write(f"main.py: {' '.join(str(error).split()) or 'out of memory'}", file=sys.stderr)
+            failed += 1
+    if failed:
+        print(f"main.py: {failed} of {len(args.jobs)} pictures failed", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def upscale_picture(upscaler, source, target):
+    import data
+    from tqdm import tqdm
+
+    picture = data.read_picture(source)
+    height, width, _ = picture.pixels.shape
+    data.check_output(target, data.SCALE * width, data.SCALE * height)
+    if picture.alpha is not None:
+        picture.pixels = data.spread_colours(picture.pixels, picture.alpha)
+        picture.alpha = data.enlarge_alpha(picture.alpha)
+    # shown when it takes more than a few seconds
+    with tqdm(total=height * width, unit="px", unit_scale=True, desc=source.name, leave=False, delay=3) as bar:
+        picture.pixels = upscaler(picture.pixels, bar.update)
+    data.write_picture(target, picture)
+    tqdm.write(f"{source} ({width}x{height}) -> {target} ({data.SCALE * width}x{data.SCALE * height})")
 
 
 def evaluate(args):
     """`--evaluate`: print PSNR and SSIM of bicubic and of the weights, picture by picture. Returns the exit code."""
+    import data
+    import losses
+    import numpy as np
+
+    show_warnings_in_one_line()
+    upscaler = load_upscaler(args)
+    print(f"{'':24}      bicubic          model")
+    print(f"{'':24}   PSNR    SSIM     PSNR    SSIM")
+
+    def row(name, scores):
+        print(f"{name[:24]:24}" + "  ".join(f"{psnr:7.2f}  {ssim:.4f}" for psnr, ssim in scores), flush=True)
+
+    table = []  # (pictures, 2, 2): bicubic and model, PSNR and SSIM
+    for name, hr_path, lr_path in args.pairs:
+        lr, hr = data.read_pair(hr_path, lr_path)
+        table.append([(losses.psnr(sr, hr), losses.ssim(sr, hr)) for sr in (data.bicubic(lr), upscaler(lr))])
+        row(name, table[-1])
+    means = np.mean(table, axis=0)
+    row(f"mean of {len(table)}", means)
+    if args.json:
+        scores = {name: {"psnr": float(psnr), "ssim": float(ssim)} for name, (psnr, ssim) in zip(("bicubic", "model"), means)}
+        Path(args.json).write_text(json.dumps(scores, indent=2) + "\n")
+    return 0
 
 
 def start_tensorflow():

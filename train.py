@@ -148,26 +148,27 @@ def make_validation(generator, pairs):
 
 
 def save_weights(generator, path):
-    """Write whole or not at all. Returns `path`."""
-    temporary = path.with_name(f".{path.name.removesuffix('.weights.h5')}.new.weights.h5")
-    generator.save_weights(temporary)
-    os.replace(temporary, path)
-    return path
+    """Write the file whole or not at all."""
+    temporary = path.with_name(f".new.{path.name}")
+    try:
+        generator.save_weights(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------- checkpoints and TensorBoard's logs
 
 
 class Checkpoints:
-    """The state of one phase: networks, optimizers and best PSNR, in folders `NAME-STEP` that are whole or not there.
+    """The state of one phase, networks and optimizers, in folders `NAME-STEP` that are whole or not there.
 
     The order of the data needs no state: a batch follows from its step.
     """
 
     def __init__(self, folder, name, **parts):
         self.folder, self.name = folder, name
-        self.best = tf.Variable(-1.0)  # dB
-        self.state = tf.train.Checkpoint(best=self.best, **parts)
+        self.state = tf.train.Checkpoint(**parts)
 
     @staticmethod
     def step_of(path):
@@ -286,8 +287,6 @@ def run_phase(name, step_function, steps, batches, checkpoints, validate, crop, 
     def evaluate(step):
         psnr, sr = validate()
         log(step, {"PSNR": psnr}, {"crop/SR": sr})
-        if psnr > checkpoints.best:
-            checkpoints.best.assign(psnr)
         return f"{psnr:.2f}"
 
     shown = {}

@@ -8,6 +8,7 @@ import dataclasses
 import errno
 import functools
 import hashlib
+import http.client
 import io
 import json
 import os
@@ -15,7 +16,11 @@ import shutil
 import struct
 import sys
 import threading
+import time
+import urllib.error
+import urllib.request
 import warnings
+import zipfile
 import zlib
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -372,6 +377,152 @@ def bicubic(lr):
 
 # ------------------------------------------------------------------------------------------------------------- DIV2K
 
+# The HR archives are enough: `degrade` makes the LR. As {name: (first picture, last picture, bytes, sha256)}.
+DIV2K_URL = "https://data.vision.ee.ethz.ch/cvl/DIV2K/"
+DIV2K = {
+    "DIV2K_train_HR": (1, 800, 3530603713, "9d0b9c463f6e35b6c62cc6a930ee2224f670b34c1df841a57670f9acf0f6c335"),
+    "DIV2K_valid_HR": (801, 900, 448993893, "20dd31fd84d777bc1cf5d6b7654a3f569c0aec74458ae094122ad1d0489900fc"),
+}
+WAITS = (1, 4, 15, 60)  # seconds before trying again; they begin anew when more has arrived
+TIMEOUT = 30  # seconds without a byte until a connection counts as broken
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def download_div2k():
+    """The folder with DIV2K's HR pictures, those that are missing downloaded into it.
+
+    Wherever it was cut off, the next call goes on. It deletes only its own `*.part` and `*.unpacking`. Raises OSError
+    or ValueError if the archives cannot be had, are not the published ones, or do not fit on the disk.
+    """
+    root = FOLDER / "DIV2K"
+    ours = [root / f"{name}{end}" for name in DIV2K for end in (".zip.part", ".unpacking")]
+    if any(_missing(root / name) for name in DIV2K) or any(path.exists() for path in ours):
+        with _alone_in(root):
+            sizes = {name: size for name, (_, _, size, _) in DIV2K.items() if _missing(root / name)}
+            there = sum(file.stat().st_size for name in sizes for file in root.glob(f"{name}.zip*"))
+            # As large as the archives are their unpacked pictures, and about as large again the prepared ones.
+            _check_room(root, 3 * sum(sizes.values()) - there, "DIV2K and its prepared pictures")
+            for name in DIV2K:
+                if name in sizes:
+                    _unpack(_fetch(root, name), root / name)
+                (root / f"{name}.zip.part").unlink(missing_ok=True)
+                shutil.rmtree(root / f"{name}.unpacking", ignore_errors=True)
+    return root
+
+
+def _missing(folder):
+    """The pictures that are not in it: a folder that merely exists is not complete."""
+    first, last, _, _ = DIV2K[folder.name]
+    files = [folder / f"{number:04}.png" for number in range(first, last + 1)]
+    return [file for file in files if not file.is_file() or not file.stat().st_size]
+
+
+def _fetch(root, name):
+    """The path of the whole, checked archive: `name.zip` if the user put it there, else the downloaded `name.zip.part`."""
+    _, _, size, sha256 = DIV2K[name]
+    given, part, url = root / f"{name}.zip", root / f"{name}.zip.part", f"{DIV2K_URL}{name}.zip"
+    if given.exists():
+        if _sha256(given) != sha256:
+            raise ValueError(f"{given} is not the published archive of {size} bytes, sha256 {sha256}: replace or remove it")
+        return given
+    waits, most = iter(WAITS), 0
+    while True:
+        continued = part.exists()
+        try:
+            _download(url, part, size)
+            if _sha256(part) == sha256:
+                return part
+            part.unlink()
+            if not continued:
+                raise ValueError(f"{url} is not the published archive: expected sha256 {sha256}")
+            raise OSError("what was continued came out damaged")
+        except (OSError, http.client.HTTPException) as error:
+            if getattr(error, "errno", None) in UNWRITABLE:
+                raise
+            here = part.stat().st_size if part.exists() else 0
+            if here > most:
+                waits, most = iter(WAITS), here
+            refused = isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code not in (408, 429)
+            wait = None if refused else next(waits, None)
+            if wait is None:
+                archives = " and ".join(f"{name}.zip" for name in DIV2K)
+                raise OSError(
+                    f"cannot download {url} ({error}): try again to go on from {here / 1e6:.0f} MB, put {archives} "
+                    f"into {root} yourself, or train on pictures of your own (--data_dir)"
+                ) from None
+            print(f"{url}: {error}; trying again in {wait} s", file=sys.stderr)
+            time.sleep(wait)
+
+
+def _download(url, part, size):
+    """Continue `part` up to `size` bytes. Raises OSError or HTTPException if the connection or the server fails."""
+    here = part.stat().st_size if part.exists() else 0
+    if here == size:
+        return
+    request = urllib.request.Request(url, headers={"Range": f"bytes={here}-"} if 0 < here < size else {})
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+        if answer.status != 206:
+            here = 0  # the server sends all of it
+        elif not answer.headers.get("Content-Range", "").startswith(f"bytes {here}-"):
+            raise OSError(f"asked for the bytes from {here} on, got {answer.headers.get('Content-Range')}")
+        offered = here + int(answer.headers.get("Content-Length", size - here))
+        if offered != size:
+            raise OSError(f"the server offers {offered} bytes instead of {size}")
+        bar = tqdm(desc=part.stem, initial=here, total=size, unit="B", unit_scale=True, disable=None)
+        with open(part, "ab" if here else "wb") as file, bar:
+            while here < size and (data := answer.read1(min(size - here, 1 << 20))):
+                file.write(data)
+                here += len(data)
+                bar.update(len(data))
+    if here < size:
+        raise OSError(f"the connection ended after {here} of {size} bytes")
+
+
+def _sha256(file):
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _unpack(archive, folder):
+    """Put the archive's pictures into `folder`, those that it lacks if it exists; whole ones, moved there at the end."""
+    temporary = folder.with_name(f"{folder.name}.unpacking")
+    shutil.rmtree(temporary, ignore_errors=True)
+    with zipfile.ZipFile(archive) as file:
+        for name in file.namelist():
+            if "\\" in name or not (temporary / name).resolve().is_relative_to(temporary.resolve()):
+                raise ValueError(f"{archive} holds {name!r}, outside of its folder: not unpacked")
+        for name in tqdm(file.namelist(), f"unpacking {folder.name}", unit="file", disable=None):
+            file.extract(name, temporary)
+    if not folder.exists():
+        (temporary / folder.name).rename(folder)
+    for picture in _missing(folder):
+        (temporary / folder.name / picture.name).replace(picture)
+
+
+@contextlib.contextmanager
+def _alone_in(folder):
+    """Make the folder and keep other processes out: with several workers one downloads or prepares, the others wait."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / ".lock", "a") as lock:
+            with contextlib.suppress(ImportError):  # not on Windows
+                import fcntl
+
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        reason = "DIV2K and prepared pictures are kept there, so it must be writable and have room"
+        raise OSError(f"cannot write to {folder} ({error.strerror}): {reason}") from None
+
+
+def _check_room(folder, needed, what):
+    """Raises OSError if fewer than `needed` bytes are free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"{what} need {needed / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are free: make room first")
+
 
 # ------------------------------------------------------------------------------------- prepared pictures and patches
 
@@ -415,11 +566,11 @@ def load(data_dir=None):
     for train, valid in (("DIV2K_train_HR", "DIV2K_valid_HR"), ("train", "valid")):
         if (folder / train).is_dir():
             train = prepare(folder / train)
-            return (train, prepare(folder / valid)) if (folder / valid).is_dir() else split(train, folder)
-    return split(prepare(folder), folder)
+            return (train, prepare(folder / valid)) if (folder / valid).is_dir() else _split(train, folder)
+    return _split(prepare(folder), folder)
 
 
-def split(pictures, folder):
+def _split(pictures, folder):
     """Keep 3 in a hundred for validation, 1 to 10. The names alone decide which, so that one more picture moves no other."""
     if len(pictures) < 2:
         raise ValueError(f"{folder} needs at least 2 usable pictures, one of them for validation, and has {len(pictures)}")
@@ -438,45 +589,25 @@ def prepare(folder):
     made_from = [FORMAT, [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]]
     place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
     store = FOLDER / "prepared" / f"{folder.resolve().name}-{place}.pictures"
-    opened = open_store(store, made_from)
+    opened = _open_store(store, made_from)
     if not opened:
-        with alone_in(store.parent):
-            if not open_store(store, made_from):  # another process may have made it meanwhile
-                write_store(store, made_from, files)
-        opened = open_store(store, made_from)
+        with _alone_in(store.parent):
+            if not _open_store(store, made_from):  # another process may have made it meanwhile
+                _write_store(store, made_from, files)
+        opened = _open_store(store, made_from)
     pixels, index = opened
     for reason in index["left_out"]:
         print(f"left out: {reason}", file=sys.stderr)
     if not index["pictures"]:
-        raise ValueError(f"{folder} has no usable pictures: it needs some of at least {HR_PATCH}x{HR_PATCH} ({', '.join(sorted(PICTURES))})")
+        kinds = ", ".join(sorted(PICTURES))
+        raise ValueError(
+            f"{folder} has no usable pictures, of {len(files)}: put some of at least {HR_PATCH}x{HR_PATCH} there ({kinds}), "
+            "or into train/ and valid/ below it"
+        )
     return Pictures(pixels, index["pictures"])
 
 
-@contextlib.contextmanager
-def alone_in(folder):
-    """Make the folder and keep other processes out: with several workers one downloads or prepares, the others wait."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / ".lock", "a") as lock:
-            with contextlib.suppress(ImportError):  # not on Windows
-                import fcntl
-
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
-            raise OSError(f"cannot write to {folder} ({error.strerror}): the training pictures are kept there") from None
-        raise
-
-
-def check_room(folder, needed, what):
-    """Raises OSError if fewer than `needed` bytes are free."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(f"{what} need {needed / 1e9:.1f} GB in {folder} and {free / 1e9:.1f} GB are free: make room first")
-
-
-def open_store(store, made_from):
+def _open_store(store, made_from):
     """`(pixels, index)` of a prepared folder, or None if it was not prepared, or from other files."""
     try:
         pixels = np.asarray(np.memmap(store, np.uint8, "r"))
@@ -486,13 +617,13 @@ def open_store(store, made_from):
     return (pixels, index) if index["made_from"] == made_from else None
 
 
-def write_store(store, made_from, files):
+def _write_store(store, made_from, files):
     """Decode and degrade in parallel. A picture in memory for each thread is all it takes, however many there are."""
     size = 0
     for path in files:
         with contextlib.suppress(OSError, ValueError, Image.DecompressionBombError), Image.open(path) as image:
             size += image.width * image.height * 3
-    check_room(store.parent, size * 17 // 16, f"{len(files)} prepared pictures")
+    _check_room(store.parent, size * 17 // 16, f"{len(files)} prepared pictures")
     temporary = store.with_suffix(".tmp")
     writing = threading.Lock()
 
@@ -557,7 +688,7 @@ def patches(pictures, batch_size, first_step, last_step, seed, jpeg=None, part=0
         rng = np.random.default_rng([seed, 1, step])
         tops, lefts = rng.integers(0, pictures.sizes[chosen].T - LR_PATCH, endpoint=True)
         turns = rng.integers(0, 8, batch_size)
-        qualities = rng.integers(*jpeg, batch_size, endpoint=True) * rng.integers(0, 2, batch_size) if jpeg else 0 * turns
+        qualities = rng.integers(0, 2, batch_size) * rng.integers(*jpeg, batch_size, endpoint=True) if jpeg else 0 * turns
         lrs = np.empty((len(mine), LR_PATCH, LR_PATCH, 3), np.uint8)
         hrs = np.empty((len(mine), HR_PATCH, HR_PATCH, 3), np.uint8)
         for i, j in enumerate(mine):
@@ -565,11 +696,11 @@ def patches(pictures, batch_size, first_step, last_step, seed, jpeg=None, part=0
             top, left = tops[j], lefts[j]
             hr = hr[SCALE * top : SCALE * top + HR_PATCH, SCALE * left : SCALE * left + HR_PATCH]
             if qualities[j]:
-                lr = compressed(lr, top, left, int(qualities[j]))
+                lr = _compressed(lr, top, left, int(qualities[j]))
             else:
                 lr = lr[top : top + LR_PATCH, left : left + LR_PATCH]
-            turn(lr, turns[j], lrs[i])
-            turn(hr, turns[j], hrs[i])
+            _turn(lr, turns[j], lrs[i])
+            _turn(hr, turns[j], hrs[i])
         return lrs, hrs
 
     def shaped(step):
@@ -585,14 +716,14 @@ def patches(pictures, batch_size, first_step, last_step, seed, jpeg=None, part=0
     return steps.map(shaped, num_parallel_calls=2, deterministic=True).prefetch(4).with_options(options)
 
 
-def turn(patch, way, out):
+def _turn(patch, way, out):
     """Write the patch into `out` in one of the eight ways to flip and turn a square; `way` is 0 to 7."""
     patch, out = patch.view("V3")[..., 0], out.view("V3")[..., 0]  # NumPy moves a whole pixel faster than three bytes
     patch = patch[:: -1 if way & 1 else 1, :: -1 if way & 2 else 1]
     out[...] = patch.T if way & 4 else patch
 
 
-def compressed(lr, top, left, quality):
+def _compressed(lr, top, left, quality):
     """The LR patch at `top`, `left`, its JPEG blocks lying as if the whole picture had been saved, not aligned with the patch."""
     block = 16  # with the usual halved chroma
     above, before = top % block, left % block

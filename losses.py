@@ -21,7 +21,7 @@ def mse_loss(hr, sr):
 # VGG19's features are scaled before they are compared (section 3.2). 1/12.75 is the paper's factor and fits
 # block5_conv4 (its VGG54). Shallower layers have larger features, beside which the adversarial loss would vanish: their
 # factors bring the content loss of a pre-trained generator to the 0.07 that it has at block5_conv4.
-FEATURE_SCALES = {"block2_conv2": 1 / 570, "block3_conv4": 1 / 1800, "block5_conv4": 1 / 12.75}
+FEATURE_SCALES = {"block2_conv2": 1 / 510, "block3_conv4": 1 / 1600, "block5_conv4": 1 / 12.75}
 
 VGG_FILE = "vgg19_weights_tf_dim_ordering_tf_kernels_notop.h5"
 VGG_URL = "https://storage.googleapis.com/tensorflow/keras-applications/vgg19/" + VGG_FILE

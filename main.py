@@ -194,6 +194,7 @@ def check_training(args):
         must_exist(args.weights, "weights file", Path.is_file)
     if args.data_dir:
         must_exist(args.data_dir, "folder", Path.is_dir)
+        args.data_dir = str(Path(args.data_dir).resolve())  # a run remembers it
     if args.vgg_weights and args.STEPS:
         must_exist(args.vgg_weights, "VGG19 weights file", Path.is_file)
     if not args.PREGENSTEPS and not args.weights:

@@ -251,6 +251,8 @@ def write_picture(path, picture):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"can't write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -126,17 +126,21 @@ def must_exist(path, what, kind=Path.exists):
 
 def check_generating(args):
     """Resolve the weights and the files, before anything slow. Raises OSError or ValueError."""
+    if args.pretrained:
+        must_exist(args.input, "picture or folder")
+    else:
+        must_exist(args.evaluate, "folder", Path.is_dir)
     args.weights = Path(args.weights or WEIGHTS / "srgan.weights.h5")
     must_exist(args.weights, "weights file", Path.is_file)
+    if not args.weights.name.endswith(".weights.h5"):
+        raise ValueError(f"the name of a weights file ends in .weights.h5, or Keras doesn't load it: {args.weights}")
     if args.blend is not None:
         must_exist(args.weights.with_name("srresnet.weights.h5"), "weights file, which --blend mixes in", Path.is_file)
     import data
 
     if args.pretrained:
-        must_exist(args.input, "picture or folder")
         args.jobs = folder_jobs(args) if Path(args.input).is_dir() else picture_job(args)
         return
-    must_exist(args.evaluate, "folder", Path.is_dir)
     args.pairs = data.scoring_pairs(args.evaluate)
     if args.json and (Path(args.json).is_dir() or not os.access(Path(args.json).parent, os.W_OK)):
         raise OSError(f"can't write {args.json}: it is a folder, or in none that can be written to")
@@ -154,7 +158,7 @@ def picture_job(args):
         with Image.open(source) as image:
             size = image.size
     except Exception as error:  # Pillow raises a dozen kinds on damaged files
-        raise ValueError(f"{source} is not a picture that can be read") from error
+        raise ValueError(f"{source} is not a picture") from error
     data.check_output(target, *(data.SCALE * side for side in size))
     return [(source, target)]
 
@@ -251,7 +255,7 @@ def upscale_picture(upscaler, source, target):
         picture.pixels = data.spread_colours(picture.pixels, picture.alpha)
         picture.alpha = data.enlarge_alpha(picture.alpha)
     # shown when it takes more than a few seconds
-    with tqdm(total=height * width, unit="px", unit_scale=True, desc=source.name, leave=False, delay=3) as bar:
+    with tqdm(total=height * width, unit="px", unit_scale=True, desc=source.name, leave=False, delay=3, disable=None) as bar:
         picture.pixels = upscaler(picture.pixels, bar.update)
     data.write_picture(target, picture)
     tqdm.write(f"{source} ({width}x{height}) -> {target} ({data.SCALE * width}x{data.SCALE * height})")

@@ -183,6 +183,10 @@ def times(factor, slices):
     return tuple(slice(factor * s.start, factor * s.stop) for s in slices)
 
 
+def area(slices):
+    return (slices[0].stop - slices[0].start) * (slices[1].stop - slices[1].start)
+
+
 def make_upscaler(model, ensemble=False, trunk_tile=768, tail_tile=128):
     """A function that runs the generator over a picture of any size in bounded memory, exactly as if in one piece.
 
@@ -195,44 +199,44 @@ def make_upscaler(model, ensemble=False, trunk_tile=768, tail_tile=128):
             trunk pixel and 13 kB a tail pixel.
 
     Returns:
-        `upscale(lr, progress=None)`: `(h, w, 3)` or `(h, w, 1)` uint8 or uint16 to `(4h, 4w, same)` of the same type.
-        `progress(n)` is called when `n` more LR pixels are done.
+        `upscale(lr, progress)`: `(h, w, 3)` or `(h, w, 1)` uint8 or uint16 to `(4h, 4w, same)` of the same type.
+        `progress(n)` is called when `n` more LR pixels are done, a float.
     """
     run_trunk, run_tail = _make_trunk(model), _make_tail(model)
 
-    def run(lr, keep):
+    def run(lr, keep, done):
         """The part `keep` of the tile `lr`, `(h, w, 3)` float32, four times larger; the rest of it is context."""
         features = run_trunk(lr[None])[0]
+        done(0.5)
         crop = tuple(slice(max(s.start - TAIL_HALO, 0), min(s.stop + TAIL_HALO, n)) for s, n in zip(keep, lr.shape))
         height, width = (s.stop - s.start for s in crop)
         sr = np.empty((SCALE * height, SCALE * width, 3), np.float32)
         for tile, part in grid(height, width, tail_tile, TAIL_HALO):
             sr[times(SCALE, part)] = run_tail(features[crop][tile][None])[0].numpy()[times(SCALE, relative(part, tile))]
+            done(0.5 * area(part) / (height * width))
         return sr[times(SCALE, relative(keep, crop))]
 
-    def upscale(lr, progress=None):
+    def upscale(lr, progress=lambda n: None):
         height, width, channels = lr.shape
         unit = np.float32(np.iinfo(lr.dtype).max / 255)
         sr = np.empty((SCALE * height, SCALE * width, channels), lr.dtype)
         for tile, part in grid(height, width, trunk_tile, TRUNK_HALO + TAIL_HALO):
             x = lr[tile] / unit
             x = np.broadcast_to(x, (*x.shape[:2], 3))
-            y = (_mean_of_turns if ensemble else _once)(run, x, relative(part, tile))
+            keep = relative(part, tile)
+            if ensemble:
+                y = _mean_of_turns(run, x, keep, lambda share: progress(share / 8 * area(part)))
+            else:
+                y = run(x, keep, lambda share: progress(share * area(part)))
             if channels == 1:
                 y = y.mean(axis=-1, keepdims=True)
             sr[times(SCALE, part)] = np.rint(np.clip(y, 0, 255) * unit)
-            if progress:
-                progress((part[0].stop - part[0].start) * (part[1].stop - part[1].start))
         return sr
 
     return upscale
 
 
-def _once(run, lr, keep):
-    return run(lr, keep)
-
-
-def _mean_of_turns(run, lr, keep):
+def _mean_of_turns(run, lr, keep, done):
     """The mean over the eight flips and turns of the tile, each turned back."""
     total = 0
     for step in (1, -1):  # as it is, mirrored
@@ -240,7 +244,7 @@ def _mean_of_turns(run, lr, keep):
         if step == -1:
             columns = slice(lr.shape[1] - columns.stop, lr.shape[1] - columns.start)
         for turn in range(4):
-            total = total + np.rot90(run(x, (rows, columns)), -turn)[:, ::step]
+            total = total + np.rot90(run(x, (rows, columns), done), -turn)[:, ::step]
             rows, columns = slice(x.shape[1] - columns.stop, x.shape[1] - columns.start), rows
             x = np.rot90(x)  # the right column becomes the top row
     return total / 8

@@ -9,13 +9,19 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # as main.py sets it
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 from PIL import Image
 
 import data
+
+
+def peak_memory():
+    """Of this process so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 
 def data_pipeline(data_dir=None, jpeg=None, batch_size=128, seconds=5):
@@ -46,13 +52,46 @@ def data_pipeline(data_dir=None, jpeg=None, batch_size=128, seconds=5):
             next(batches)
             count += batch_size
         speed = count / (time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
     print(
         f"data: {speed:,.0f} pairs/s in batches of {batch_size}{f', JPEG {jpeg}' if jpeg else ''}; "
         f"{len(pictures)} pictures, {pictures.pixels.nbytes / 1e6:.0f} MB, prepared in {prepared:.1f} s "
-        f"and found again in {found:.2f} s; peak memory {peak:.0f} MB"
+        f"and found again in {found:.2f} s; peak memory {peak_memory():.0f} MB"
     )
     return speed
+
+
+def training(batch_size=16, steps=5):
+    """Patches per second of both training steps: the median of a few steps, after the one that compiles."""
+    import keras
+    import tensorflow as tf
+
+    import losses
+    import model
+    import train
+
+    lr = tf.constant(np.random.default_rng(0).integers(0, 256, (batch_size, 24, 24, 3), np.uint8))
+    hr = tf.constant(np.random.default_rng(0).integers(0, 256, (batch_size, 96, 96, 3), np.uint8))
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / "random.weights.h5"
+        vgg = keras.applications.VGG19(include_top=False, weights=None)
+        keras.Model(vgg.input, vgg.get_layer("block2_conv2").output).save_weights(weights)
+        vgg = losses.vgg_features("block2_conv2", weights)
+    for precision in ("float32", "bfloat16"):
+        generator, discriminator = model.generator(precision), model.discriminator(precision)
+        optimizers = [train.make_optimizer(1e-4, network) for network in (generator, discriminator)]
+        for name, step in (
+            ("pre-training", train.make_pretrain_step(generator, train.make_optimizer(1e-4, generator))),
+            ("GAN, block2_conv2", train.make_gan_step(generator, discriminator, vgg, *optimizers)),
+        ):
+            seconds = []
+            for _ in range(steps + 1):
+                start = time.perf_counter()
+                [float(value) for value in step(lr, hr).values()]  # waits for the device
+                seconds.append(time.perf_counter() - start)
+            print(
+                f"{name}, {precision}: {batch_size / np.median(seconds[1:]):.1f} patches/s in batches of {batch_size}; "
+                f"compiled in {seconds[0]:.1f} s; peak memory {peak_memory():.0f} MB"
+            )
 
 
 if __name__ == "__main__":
@@ -61,3 +100,4 @@ if __name__ == "__main__":
     args = parser.parse_args()
     data_pipeline(args.data_dir)
     data_pipeline(args.data_dir, jpeg=(30, 95))
+    training()

@@ -34,8 +34,9 @@ def test_discriminator_returns_one_logit():
 
 def test_networks_have_the_layers_of_figure_4(generator):
     kinds = [type(layer).__name__ for layer in generator.layers]
-    assert kinds.count("Conv2D") == 1 + 16 * 2 + 1 + 2 + 1
-    assert kinds.count("PReLU") == 1 + 16 + 2
+    assert kinds.count("Conv2D") == 1 + 16 * 2 + 1 + 2
+    assert kinds.count("PReLU") == 1 + 16 + 1
+    assert kinds.count("ShufflePReLUConv") == 1
     assert kinds.count("BatchNormalization") == 16 * 2 + 1
     strides = [layer.strides[0] for layer in model.discriminator().layers if isinstance(layer, keras.layers.Conv2D)]
     assert strides == [1, 2] * 4
@@ -45,6 +46,20 @@ def test_pixel_shuffle_puts_channels_where_the_paper_does():
     channels = np.arange(8, dtype=np.float32).reshape(1, 1, 1, 8)  # 2 channels in 4 phases
     shuffled = keras.ops.depth_to_space(channels, 2).numpy()[0]
     assert shuffled[..., 0].tolist() == [[0, 2], [4, 6]] and shuffled[..., 1].tolist() == [[1, 3], [5, 7]]
+
+
+def test_tail_is_the_papers_pixel_shuffle_prelu_and_convolution():
+    rng = np.random.default_rng(0)
+    tail = model.ShufflePReLUConv()
+    tail.build((None, None, None, 256))
+    alpha, kernel, bias = (rng.normal(0, 0.1, w.shape) for w in tail.weights)
+    tail.set_weights([alpha, kernel, bias])
+    x = rng.normal(0, 1, (2, 5, 7, 256)).astype(np.float32)
+    shuffled = tf.nn.depth_to_space(x, 2).numpy()
+    conv = keras.layers.Conv2D(3, 9, padding="same")
+    conv.build((None, None, None, 64))
+    conv.set_weights([kernel, bias])
+    np.testing.assert_allclose(tail(x), conv(np.where(shuffled > 0, shuffled, alpha * shuffled)), atol=1e-4)
 
 
 def test_untrained_generator_upscales_like_bicubic(generator):

@@ -33,9 +33,8 @@ def disturb(network, seed=0):
     for layer in network.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.set_weights([rng.uniform(0.2, 0.4, 64), *rng.normal(0, 0.05, (2, 64)), rng.uniform(0.5, 1.5, 64)])
-    tail = network.get_layer("tail_conv")
-    kernel, bias = tail.get_weights()
-    tail.set_weights([kernel + rng.normal(0, 0.001, kernel.shape), bias])
+    tail = network.get_layer("tail")
+    tail.kernel.assign_add(rng.normal(0, 0.001, tail.kernel.shape))
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +52,8 @@ def weights(tmp_path_factory):
     keras.utils.set_random_seed(0)
     network = model.generator()
     network.save_weights(folder / "srgan.weights.h5")
-    tail = network.get_layer("tail_conv")
-    tail.set_weights([0.8 * tail.get_weights()[0], tail.get_weights()[1]])
+    tail = network.get_layer("tail")
+    tail.kernel.assign(0.8 * tail.kernel)
     network.save_weights(folder / "srresnet.weights.h5")
     return folder
 
@@ -123,11 +122,12 @@ def reaching(corner):
     network = model.generator()
     rgb = np.arange(3)
     for layer in network.layers:
-        if isinstance(layer, keras.layers.Conv2D):
+        if isinstance(layer, (keras.layers.Conv2D, model.ShufflePReLUConv)):
             kernel, bias = np.zeros(layer.kernel.shape), np.zeros(layer.bias.shape)
             for i in range(0, kernel.shape[3], 64):  # the up-convolutions have four times 64
                 kernel[corner, corner, rgb, i + rgb] = 1
-            layer.set_weights([kernel, bias - 1 if layer.name == "tail_conv" else bias])
+            layer.kernel.assign(kernel)
+            layer.bias.assign(bias - 1 if layer.name == "tail" else bias)
         elif layer.name.endswith("norm2") or layer.name == "trunk_norm":
             gamma = np.full(64, 10.0 if layer.name != "trunk_norm" else 11.0**-16)
             layer.set_weights([gamma, *layer.get_weights()[1:]])

@@ -99,7 +99,8 @@ def _decode(image, path):
     icc = image.info.get("icc_profile")
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # MPO: a camera's JPEG with previews attached
         warnings.warn(f"{path} has {image.n_frames} frames: only the first is taken")
-    png_16_bit = image.format == "PNG" and Path(path).open("rb").read(25)[24] == 16
+    with open(path, "rb") as file:
+        png_16_bit = image.format == "PNG" and file.read(25)[24] == 16  # the bit depth
     if image.format == "TIFF" and image.mode in ("L", "LA", "RGB", "RGBA", "CMYK") and max(image.tag_v2.get(258, (8,))) > 8:
         warnings.warn(f"{path} has {max(image.tag_v2[258])}-bit colour, of which 8 are taken: give a PNG to keep 16")
 

@@ -229,7 +229,7 @@ def upscale(args):
     show_warnings_in_one_line()
     upscaler = load_upscaler(args)
     if not Path(args.input).is_dir():
-        upscale_picture(upscaler, *args.jobs[0])
+        print(upscale_picture(upscaler, *args.jobs[0]))
         return 0
     Path(args.output).mkdir(parents=True, exist_ok=True)
     failed = 0
@@ -245,6 +245,7 @@ def upscale(args):
 
 
 def upscale_picture(upscaler, source, target):
+    """From file to file. Returns what became of it, in a line. Raises ValueError or OSError."""
     import data
     from tqdm import tqdm
 
@@ -258,7 +259,7 @@ def upscale_picture(upscaler, source, target):
     with tqdm(total=height * width, unit="px", unit_scale=True, desc=source.name, leave=False, delay=3, disable=None) as bar:
         picture.pixels = upscaler(picture.pixels, bar.update)
     data.write_picture(target, picture)
-    tqdm.write(f"{source} ({width}x{height}) -> {target} ({data.SCALE * width}x{data.SCALE * height})")
+    return f"{target}: {data.SCALE * width}x{data.SCALE * height}"
 
 
 def evaluate(args):

@@ -94,10 +94,49 @@ def training(batch_size=16, steps=5):
             )
 
 
+def tiling_overhead(height, width, trunk_tile=768, tail_tile=128):
+    """The arithmetic that tiles spend on overlap, as a part of what one piece takes."""
+    import model
+
+    trunk, tail = 9 * 9 * 3 * 64 + 33 * 9 * 64 * 64, 5 * 9 * 64 * 256 + 4 * 25 * 256 * 12  # multiplications a pixel
+    total = 0
+    for tile, part in model.grid(height, width, trunk_tile, model.TRUNK_HALO + model.TAIL_HALO):
+        total += trunk * model.area(tile)
+        rows, columns = (
+            min(p.stop + model.TAIL_HALO, t.stop) - max(p.start - model.TAIL_HALO, t.start) for t, p in zip(tile, part)
+        )
+        total += tail * sum(model.area(inner) for inner, _ in model.grid(rows, columns, tail_tile, model.TAIL_HALO))
+    return total / ((trunk + tail) * height * width) - 1
+
+
+def upscaling(sizes=((128, 128), (270, 480), (1080, 1920))):
+    """LR megapixels per second, the tiling's overhead and the peak memory, size by size: a list of rows."""
+    import model
+
+    upscaler = model.make_upscaler(model.generator())
+    rows = []
+    for height, width in sizes:
+        lr = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+        times = []
+        for _ in range(4 if height * width < 10**6 else 1):  # the first of a small one includes tracing
+            start = time.perf_counter()
+            upscaler(lr)
+            times.append(time.perf_counter() - start)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+        rows.append((height, width, height * width / min(times) / 1e6, tiling_overhead(height, width), peak))
+        print(
+            f"upscaling {width}x{height}: {rows[-1][2]:.4f} LR megapixels/s, {rows[-1][3]:.1%} of overhead in tiles; "
+            f"peak memory {peak:.0f} MB",
+            flush=True,
+        )
+    return rows
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data_dir", metavar="DIR", help="pictures to read instead of made ones")
     args = parser.parse_args()
     data_pipeline(args.data_dir)
     data_pipeline(args.data_dir, jpeg=(30, 95))
+    upscaling()
     training()

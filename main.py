@@ -226,7 +226,6 @@ def upscale(args):
     """`--pretrained`: write the picture or pictures of --input, four times larger, to --output. Returns the exit code."""
     from tqdm import tqdm
 
-    show_warnings_in_one_line()
     upscaler = load_upscaler(args)
     if not Path(args.input).is_dir():
         print(upscale_picture(upscaler, *args.jobs[0]))
@@ -268,7 +267,6 @@ def evaluate(args):
     import losses
     import numpy as np
 
-    show_warnings_in_one_line()
     upscaler = load_upscaler(args)
     print(f"{'':24}      bicubic          model")
     print(f"{'':24}   PSNR    SSIM     PSNR    SSIM")
@@ -319,6 +317,7 @@ def main(argv=None):
     args = parse(sys.argv[1:] if argv is None else argv)
     try:
         print(f"Running on {start_tensorflow()}")
+        show_warnings_in_one_line()
         if args.pretrained:
             return upscale(args)
         if args.evaluate:

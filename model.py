@@ -29,7 +29,7 @@ class ShufflePReLUConv(layers.Layer):
     The same sums in a faster order. A convolution from 64 channels to 3 would use 3 of a processor's 8 or 16 lanes.
     Taken before the pixel shuffle it is one of 5x5 from 256 channels to 12, and what is shuffled is a picture and not
     64 features: the 9x9 kernel is put into 10x10 in four places, one for each pixel of a 2x2 block, and cut into 5x5
-    taps on such blocks. A training step takes 0.8 of the time, and upscaling even less.
+    taps on such blocks. A training step takes 0.84 of the time that it takes in the paper's order.
     """
 
     def build(self, shape):

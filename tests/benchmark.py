@@ -122,11 +122,10 @@ def upscaling(sizes=((128, 128), (270, 480), (1080, 1920))):
             start = time.perf_counter()
             upscaler(lr)
             times.append(time.perf_counter() - start)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
-        rows.append((height, width, height * width / min(times) / 1e6, tiling_overhead(height, width), peak))
+        rows.append((height, width, height * width / min(times) / 1e6, tiling_overhead(height, width), peak_memory()))
         print(
             f"upscaling {width}x{height}: {rows[-1][2]:.4f} LR megapixels/s, {rows[-1][3]:.1%} of overhead in tiles; "
-            f"peak memory {peak:.0f} MB",
+            f"peak memory {rows[-1][4]:.0f} MB",
             flush=True,
         )
     return rows

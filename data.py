@@ -666,26 +666,25 @@ def patches(pictures, batch_size, first_step, last_step, seed, jpeg=None, part=0
     """The batches of the steps after `first_step` up to `last_step`, as a `tf.data.Dataset` of `(lr, hr)`.
 
     `lr` is `(batch, 24, 24, 3)` and `hr` `(batch, 96, 96, 3)`, uint8, 0 to 255, aligned. A batch depends on `seed`,
-    `batch_size` and its step alone, so that a continued run has no state to restore. An epoch visits each picture as
-    often as it holds patches, in an order of its own, each time at a random place, flipped and turned in one of
-    eight ways. `jpeg=(low, high)` compresses a half of the LR patches in these qualities. With several workers each
-    takes its `part` of `parts` equal slices of every batch. Raises ValueError if the batch does not divide.
+    `batch_size` and its step alone, so that a continued run has no state to restore. An epoch visits each picture
+    once, in an order of its own, at a random place, flipped and turned in one of eight ways. `jpeg=(low, high)`
+    compresses a half of the LR patches in these qualities. With several workers each takes its `part` of `parts` equal
+    slices of every batch. Raises ValueError if the batch does not divide.
     """
     import tensorflow as tf
 
     if batch_size % parts or not 0 <= part < parts:
         raise ValueError(f"a batch must divide equally between the workers, got {batch_size} patches for {parts} (part {part})")
     mine = range(batch_size // parts * part, batch_size // parts * (part + 1))
-    visits = np.repeat(np.arange(len(pictures), dtype=np.int32), np.maximum(pictures.sizes.prod(axis=1) // LR_PATCH**2, 1))
 
     @functools.lru_cache(2)  # a batch may end one epoch and begin the next
     def order(epoch):
-        return np.random.default_rng([seed, 0, epoch]).permutation(visits)
+        return np.random.default_rng([seed, 0, epoch]).permutation(len(pictures))
 
     def batch(step):
         """Drawn for the whole batch, so that a sample is the same however many workers share it."""
         numbers = np.arange(batch_size) + (step - 1) * batch_size
-        chosen = np.array([order(epoch)[visit] for epoch, visit in zip(*divmod(numbers, len(visits)))])
+        chosen = np.array([order(epoch)[visit] for epoch, visit in zip(*divmod(numbers, len(pictures)))])
         rng = np.random.default_rng([seed, 1, step])
         tops, lefts = rng.integers(0, pictures.sizes[chosen].T - LR_PATCH, endpoint=True)
         turns = rng.integers(0, 8, batch_size)

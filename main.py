@@ -13,6 +13,8 @@ from pathlib import Path
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 VGG_LAYERS = ("block2_conv2", "block3_conv4", "block5_conv4")
+# what a run keeps from beginning to end; learning rates may change, and numbers of steps grow
+KEPT_OPTIONS = ("BATCH_SIZE", "data_dir", "weights", "vgg_layer", "precision", "ema", "jpeg", "seed")
 
 
 class Parser(argparse.ArgumentParser):
@@ -192,13 +194,30 @@ def check_training(args):
         raise ValueError("--STEPS 0 and --PREGENSTEPS 0: nothing to train")
     if args.weights:
         must_exist(args.weights, "weights file", Path.is_file)
+        args.weights = str(Path(args.weights).resolve())  # a run remembers it
     if args.data_dir:
         must_exist(args.data_dir, "folder", Path.is_dir)
-        args.data_dir = str(Path(args.data_dir).resolve())  # a run remembers it
+        args.data_dir = str(Path(args.data_dir).resolve())
     if args.vgg_weights and args.STEPS:
         must_exist(args.vgg_weights, "VGG19 weights file", Path.is_file)
     if not args.PREGENSTEPS and not args.weights:
         must_exist(Path(args.run_dir) / "srresnet.weights.h5", "SRResNet to start the GAN from (give --weights, or --PREGENSTEPS above 0)")
+    check_continuing(args)
+
+
+def check_continuing(args):
+    """Raise ValueError if the run in --run_dir was begun with options that matter and are others now."""
+    run_dir = Path(args.run_dir)
+    path = run_dir / "options.json"
+    if not path.exists() or not any(run_dir.glob("checkpoints/*-*")):
+        return
+    before, now = json.loads(path.read_text()), json.loads(json.dumps(vars(args), default=str))
+    for name in KEPT_OPTIONS + ("PREGENSTEPS",) * any(run_dir.glob("checkpoints/gan-*")):
+        if before.get(name) != now[name]:
+            raise ValueError(
+                f"the run in {run_dir} was begun with --{name} {before.get(name)}, not {now[name]}: "
+                "go on with that, or give another --run_dir"
+            )
 
 
 def load_upscaler(args):

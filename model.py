@@ -19,8 +19,32 @@ def _policy(precision):
     return "mixed_bfloat16" if precision == "bfloat16" else "float32"
 
 
+class BatchNormalization(layers.BatchNormalization):
+    """Keras's, with TensorFlow's fused kernels in training: one pass over the features instead of a dozen."""
+
+    def call(self, x, training=False):
+        if not training or self.synchronized:  # there is no fused kernel over several devices
+            return super().call(x, training=training)
+        y, mean, variance = tf.compat.v1.nn.fused_batch_norm(x, self.gamma, self.beta, epsilon=self.epsilon)
+        for moving, value in ((self.moving_mean, mean), (self.moving_variance, variance)):
+            moving.assign(moving * self.momentum + value * (1 - self.momentum))
+        return y
+
+
 def _normalization(policy, **kwargs):
-    return layers.BatchNormalization(momentum=0.99, epsilon=1e-5, dtype=policy, **kwargs)
+    several = tf.distribute.get_strategy().num_replicas_in_sync > 1  # then the statistics are those of the whole batch
+    return BatchNormalization(momentum=0.99, epsilon=1e-5, synchronized=several, dtype=policy, **kwargs)
+
+
+def _prelu(x, alpha):
+    return tf.where(x > 0, x, alpha * x)
+
+
+class PReLU(layers.PReLU):
+    """Keras's, in one pass less over the features."""
+
+    def call(self, x):
+        return _prelu(x, tf.cast(self.alpha, x.dtype))
 
 
 class ShufflePReLUConv(layers.Layer):
@@ -34,11 +58,11 @@ class ShufflePReLUConv(layers.Layer):
 
     def build(self, shape):
         self.alpha = self.add_weight(name="alpha", shape=(64,), initializer=keras.initializers.Constant(0.25))
-        self.kernel = self.add_weight(name="kernel", shape=(9, 9, 64, 3), initializer="he_normal")
+        self.kernel = self.add_weight(name="kernel", shape=(9, 9, 64, 3))
         self.bias = self.add_weight(name="bias", shape=(3,), initializer="zeros")
 
     def call(self, x):
-        x = tf.nn.relu(x) - tf.tile(self.alpha, [4]) * tf.nn.relu(-x)
+        x = _prelu(x, tf.tile(self.alpha, [4]))
         places = [tf.pad(self.kernel, [[i, 1 - i], [j, 1 - j], [0, 0], [0, 0]]) for i in (0, 1) for j in (0, 1)]
         kernel = tf.reshape(tf.stack(places, axis=3), (5, 2, 5, 2, 64, 12))  # tap, its 2x2 block; in, 2x2 block and out
         kernel = tf.reshape(tf.transpose(kernel, (0, 2, 1, 3, 4, 5)), (5, 5, 256, 12))
@@ -53,8 +77,8 @@ def generator(precision="float32"):
     like an interpolation (see `_start_as_interpolation`).
     """
     policy = _policy(precision)
-    conv = partial(layers.Conv2D, padding="same", kernel_initializer="he_normal", dtype=policy)
-    prelu = partial(layers.PReLU, shared_axes=[1, 2], alpha_initializer=keras.initializers.Constant(0.25), dtype=policy)
+    conv = partial(layers.Conv2D, padding="same", dtype=policy)
+    prelu = partial(PReLU, shared_axes=[1, 2], alpha_initializer=keras.initializers.Constant(0.25), dtype=policy)
     norm = partial(_normalization, policy)
 
     lr = keras.Input((None, None, 3), name="lr")

@@ -23,22 +23,72 @@ import losses
 import model
 
 LOG_EVERY = 10  # steps between TensorBoard's points: reading a loss waits for the device
-KEEP = 2  # checkpoints of a phase
+KEEP = 2  # newest checkpoints of a phase, beside the best
+WON_AFTER = 50  # points of D(HR) near 1 and D(SR) near 0 before the warning
 VALID_PICTURES, VALID_SIZE = 10, 384  # validation looks at the middle of the first few pictures: seconds, also on a CPU
+
+# ------------------------------------------------------------------------------------------------------- the devices
+
+
+def make_strategy():
+    """All GPUs of this machine, or of all machines that TF_CONFIG names; else one device. Raises ValueError."""
+    if os.environ.get("TF_CONFIG"):
+        try:
+            return tf.distribute.MultiWorkerMirroredStrategy()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"TF_CONFIG doesn't name the workers and which of them this is: {error}") from error
+    if len(tf.config.list_physical_devices("GPU")) > 1:
+        return tf.distribute.MirroredStrategy()
+    return tf.distribute.get_strategy()
+
+
+def is_chief():
+    """Whether this process writes and validates: of several workers one does."""
+    return tf.distribute.get_strategy().extended.should_checkpoint
+
+
+def meet(step):
+    """Wait for the other workers. Raises ValueError if they don't come with the same `step`."""
+    strategy = tf.distribute.get_strategy()
+
+    @tf.function
+    def total():
+        return strategy.run(lambda: tf.distribute.get_replica_context().all_reduce("SUM", tf.constant(float(step))))
+
+    for part in strategy.experimental_local_results(total()):
+        if float(part) != step * strategy.num_replicas_in_sync:
+            raise ValueError("the workers see different checkpoints: --run_dir must be one folder that all of them share")
+
 
 # --------------------------------------------------------------------------------------------------------- the steps
 
 
 def compiled(step):
-    """Compile `step(lr, hr) -> dict of scalars` into one function of a uint8 batch.
+    """Compile `step(lr, hr) -> dict of scalars` into one function of a uint8 batch, on all devices.
 
-    XLA is for a GPU. On a CPU oneDNN's kernels in a plain graph are faster: 1.5 times, measured at batch 16.
+    XLA is for one GPU: it doesn't go with tf.distribute, and on a CPU oneDNN's kernels in a plain graph are faster (1.5
+    times, measured at batch 16).
     """
 
     def cast(lr, hr):
         return step(tf.cast(lr, tf.float32), tf.cast(hr, tf.float32))
 
-    return tf.function(cast, jit_compile=bool(tf.config.list_physical_devices("GPU")))
+    if not tf.distribute.has_strategy():
+        return tf.function(cast, jit_compile=bool(tf.config.list_physical_devices("GPU")))
+    strategy = tf.distribute.get_strategy()
+
+    @tf.function
+    def everywhere(lr, hr):
+        scalars = strategy.run(cast, (lr, hr))
+        return {name: strategy.reduce("MEAN", value, axis=None) for name, value in scalars.items()}
+
+    return everywhere
+
+
+def descend(optimizer, tape, loss, network):
+    """Update `network`. Over several devices `apply` adds up the gradients, so each brings its share of the mean."""
+    share = tf.constant(1 / tf.distribute.get_strategy().num_replicas_in_sync)
+    optimizer.apply(tape.gradient(loss, network.trainable_variables, share), network.trainable_variables)
 
 
 def make_pretrain_step(generator, optimizer):
@@ -47,8 +97,7 @@ def make_pretrain_step(generator, optimizer):
     def step(lr, hr):  # (batch, 24, 24, 3), (batch, 96, 96, 3)
         with tf.GradientTape() as tape:
             loss = losses.mse_loss(hr, generator(lr, training=True))
-        variables = generator.trainable_variables
-        optimizer.apply(tape.gradient(loss, variables), variables)
+        descend(optimizer, tape, loss, generator)
         return {"MSE Loss": loss}
 
     return compiled(step)
@@ -72,10 +121,8 @@ def make_gan_step(generator, discriminator, vgg, optimizer, discriminator_optimi
             perceptual = losses.perceptual_loss(content, adversarial)
             # The discriminator: real and generated pictures told apart.
             discrimination = losses.discriminator_loss(logits_hr, logits_sr)
-        gradients = generator_tape.gradient(perceptual, generator.trainable_variables)
-        optimizer.apply(gradients, generator.trainable_variables)
-        gradients = discriminator_tape.gradient(discrimination, discriminator.trainable_variables)
-        discriminator_optimizer.apply(gradients, discriminator.trainable_variables)
+        descend(optimizer, generator_tape, perceptual, generator)
+        descend(discriminator_optimizer, discriminator_tape, discrimination, discriminator)
         return {
             "Perceptual Loss": perceptual,
             "Discriminator Loss": discrimination,
@@ -108,7 +155,7 @@ def make_optimizer(schedule, network, ema=0.0):
 @contextlib.contextmanager
 def averaged_weights(generator, optimizer):
     """Inside, `generator` has the averages of its weights (--ema), if `optimizer` keeps any."""
-    if not optimizer.use_ema or not int(optimizer.iterations):
+    if not optimizer.use_ema or not optimizer.iterations.numpy():
         yield
         return
     raw = [variable.numpy() for variable in generator.trainable_variables]
@@ -132,17 +179,22 @@ def validation_pairs(pictures):
     return pairs
 
 
-def make_validation(generator, pairs):
-    """Returns `validate() -> (mean PSNR in dB, first picture's SR)`, on fixed pictures."""
+def make_validation(generator, pairs, vgg=None):
+    """Returns `validate() -> (scalars, first picture's SR)`: the mean PSNR in dB and, with `vgg`, the mean content loss."""
 
-    @tf.function(input_signature=[tf.TensorSpec((1, None, None, 3), tf.uint8)])
-    def upscale(lr):
-        sr = generator(tf.cast(lr, tf.float32), training=False)
-        return tf.cast(tf.round(tf.clip_by_value(sr, 0, 255)), tf.uint8)
+    @tf.function(input_signature=[tf.TensorSpec((1, None, None, 3), tf.uint8)] * 2)
+    def compare(lr, hr):
+        sr = tf.round(tf.clip_by_value(generator(tf.cast(lr, tf.float32), training=False), 0, 255))
+        content = losses.content_loss(vgg(tf.cast(hr, tf.float32)), vgg(sr)) if vgg else 0.0
+        return tf.cast(sr[0], tf.uint8), content
 
     def validate():
-        pictures = [upscale(lr[None])[0].numpy() for lr, _ in pairs]
-        return float(np.mean([losses.psnr(sr, hr) for sr, (_, hr) in zip(pictures, pairs)])), pictures[0]
+        results = [compare(lr[None], hr[None]) for lr, hr in pairs]
+        pictures = [sr.numpy() for sr, _ in results]
+        scalars = {"PSNR": np.mean([losses.psnr(sr, hr) for sr, (_, hr) in zip(pictures, pairs)])}
+        if vgg:
+            scalars["Validation Content Loss"] = np.mean([float(content) for _, content in results])
+        return scalars, pictures[0]
 
     return validate
 
@@ -163,12 +215,15 @@ def save_weights(generator, path):
 class Checkpoints:
     """The state of one phase, networks and optimizers, in folders `NAME-STEP` that are whole or not there.
 
-    The order of the data needs no state: a batch follows from its step.
+    The order of the data needs no state: a batch follows from its step. `best` is the step whose validation had the
+    highest `score` so far.
     """
 
     def __init__(self, folder, name, **parts):
         self.folder, self.name = folder, name
+        self.parts = parts.values()
         self.state = tf.train.Checkpoint(**parts)
+        self.best, self.score = 0, -math.inf
 
     @staticmethod
     def step_of(path):
@@ -179,38 +234,75 @@ class Checkpoints:
         return sorted(self.folder.glob(f"{self.name}-*[0-9]"), key=self.step_of, reverse=True)
 
     def save(self, step):
-        """Write beside the older ones, rename, then remove all but the last few. Raises OSError."""
+        """Write beside the older ones, rename, then remove all but the last few and the best. Raises OSError."""
         path = self.folder / f"{self.name}-{step:07d}"
         new = self.folder / f"{path.name}.new"
-        shutil.rmtree(new, ignore_errors=True)
+        for left in self.folder.glob(f"{self.name}-*.new"):  # by a run that was killed while it wrote
+            shutil.rmtree(left)
         try:
             self.state.write(str(new / "state"))
-        except tf.errors.OpError as error:
+            (new / "best.json").write_text(json.dumps([self.best, self.score]))
+        except (OSError, tf.errors.OpError) as error:
             shutil.rmtree(new, ignore_errors=True)
-            raise OSError(f"can't write the checkpoint {path}, those before it are still good: {error.message}") from error
+            raise OSError(f"can't write the checkpoint {path}, those before it are still good: {error}") from error
         shutil.rmtree(path, ignore_errors=True)
         os.replace(new, path)
         for old in self.all()[KEEP:]:
-            shutil.rmtree(old)
+            if self.step_of(old) != self.best:
+                shutil.rmtree(old)
+
+    def finite(self):
+        """Whether each number of the state is."""
+        return all(np.isfinite(v.numpy()).all() for part in self.parts for v in part.variables)
 
     def restore(self):
         """Restore the newest intact checkpoint. Returns its step; 0 if there is none. Raises OSError if all are damaged."""
         paths = self.all()
         for path in paths:
             try:
+                best, score = json.loads((path / "best.json").read_text())
                 self.state.read(str(path / "state")).assert_consumed()
+                self.best, self.score = best, score
                 return self.step_of(path)
-            except (tf.errors.OpError, AssertionError, ValueError) as error:
+            except (tf.errors.OpError, AssertionError, OSError, ValueError) as error:
                 print(f"Warning: the checkpoint {path} is damaged ({type(error).__name__})", file=sys.stderr)
         if paths:
             raise OSError(f"no checkpoint in {self.folder} is intact: remove the folder to start over")
         return 0
 
 
+class Logs:
+    """TensorBoard's file in `folder`, of a run that has done `step` steps. Raises OSError where it can't be written."""
+
+    def __init__(self, folder, step):
+        rewind_logs(folder, step or -1)
+        with self.writable():
+            self.writer = tf.summary.create_file_writer(str(folder))
+            self.writer.init()
+
+    @contextlib.contextmanager
+    def writable(self):
+        try:
+            yield
+        except tf.errors.OpError as error:
+            raise OSError(f"can't write TensorBoard's logs, the checkpoints are good: {error.message}") from error
+
+    def log(self, step, scalars, pictures={}):
+        with self.writable(), self.writer.as_default(step):
+            for key, value in scalars.items():
+                tf.summary.scalar(key, value)
+            for key, picture in pictures.items():
+                tf.summary.image(key, picture[None])
+
+    def flush(self):
+        with self.writable():
+            self.writer.flush()
+
+
 def rewind_logs(folder, step):
     """Take TensorBoard's points after `step` out of `folder`: a continued run draws them again."""
     for path in sorted(folder.glob("events.out.tfevents.*")):
-        new = path.with_name(f"new.{path.name}")
+        new = folder / "rewinding"  # a name that TensorBoard doesn't read
         with tf.io.TFRecordWriter(str(new)) as writer:
             try:
                 for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
@@ -219,6 +311,13 @@ def rewind_logs(folder, step):
             except tf.errors.DataLossError:
                 pass  # torn where the run was killed
         os.replace(new, path)
+
+
+def remember_options(run_dir, args):
+    """Write `args` to `RUN_DIR/options.json`."""
+    new = run_dir / "options.json.new"
+    new.write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
+    os.replace(new, run_dir / "options.json")
 
 
 class Interruption:
@@ -239,106 +338,109 @@ class Interruption:
             signal.signal(number, handler)
 
 
-# options that a run keeps from beginning to end; learning rates may change, and numbers of steps grow
-KEPT_OPTIONS = ("BATCH_SIZE", "data_dir", "weights", "vgg_layer", "precision", "ema", "jpeg", "seed")
-
-
-def remember_options(run_dir, args):
-    """Write `args` to `RUN_DIR/options.json`. Raises ValueError if the run there was begun with others that matter."""
-    path = run_dir / "options.json"
-    options = json.loads(json.dumps(vars(args), default=str))
-    if any((run_dir / "checkpoints").glob("*-*")) and path.exists():
-        before = json.loads(path.read_text())
-        kept = KEPT_OPTIONS + ("PREGENSTEPS",) * any((run_dir / "checkpoints").glob("gan-*"))
-        for name in kept:
-            if before.get(name) != options[name]:
-                raise ValueError(
-                    f"the run in {run_dir} was begun with --{name} {before.get(name)}, not {options[name]}: "
-                    "go on with that, or give another --run_dir"
-                )
-    new = run_dir / "options.json.new"
-    new.write_text(json.dumps(options, indent=2) + "\n")
-    os.replace(new, path)
-
-
 # ---------------------------------------------------------------------------------------------------------- the loop
 
 
 def run_phase(name, step_function, steps, batches, checkpoints, validate, crop, args):
     """Train one phase from its newest checkpoint to `steps`. Returns the signal that cut it off, or None.
 
-    `batches(first, last)`: the data set of the steps after `first`. `validate()`: PSNR in dB and the crop's SR. `crop`:
-    the `(bicubic, hr)` beside it in TensorBoard. Raises FloatingPointError on a loss that is not finite, and OSError.
+    `batches(first, last)`: the data set of the steps after `first`. `validate()`: scalars and the crop's SR. `crop`: the
+    `(bicubic, hr)` beside it in TensorBoard. Raises FloatingPointError on a loss that is not finite, OSError, and what
+    TensorFlow raises in a step.
     """
     start = checkpoints.restore()
+    meet(start)
     if start >= steps:
         return None
-    logs = Path(args.run_dir) / "logs" / name
-    rewind_logs(logs, start or -1)
-    writer = tf.summary.create_file_writer(str(logs))
-
-    def log(step, scalars, pictures):
-        with writer.as_default(step):
-            for key, value in scalars.items():
-                tf.summary.scalar(key, value)
-            for key, picture in pictures.items():
-                tf.summary.image(key, picture[None])
+    chief = is_chief()
+    if chief:
+        writer = Logs(Path(args.run_dir) / "logs" / name, start)
+    shown = {}
 
     def evaluate(step):
-        psnr, sr = validate()
-        log(step, {"PSNR": psnr}, {"crop/SR": sr})
-        return f"{psnr:.2f}"
+        """Validate and log. Returns whether the networks were never better."""
+        scalars, sr = validate()
+        writer.log(step, scalars, {"crop/SR": sr})
+        shown["PSNR"] = f"{scalars['PSNR']:.2f}"
+        # The GAN gives up PSNR for what the content loss measures.
+        score = float(-scalars["Validation Content Loss"] if "Validation Content Loss" in scalars else scalars["PSNR"])
+        if score <= checkpoints.score:
+            return False
+        checkpoints.best, checkpoints.score = step, score
+        return True
 
-    shown = {}
     if start:
         print(f"{name}: going on after step {start}")
-    else:
-        log(0, {}, {"crop/bicubic": crop[0], "crop/HR": crop[1]})
-        shown["PSNR"] = evaluate(0)
+    elif chief:
+        writer.log(0, {}, {"crop/bicubic": crop[0], "crop/HR": crop[1]})
+        evaluate(0)
 
-    first, clock = start + 1, time.perf_counter()
+    first, good, clock, won = start + 1, start, time.perf_counter(), 0
     print(f"{name}: compiling the training step ...", flush=True)
     with Interruption() as interruption, tqdm(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True) as bar:
         for step, (lr, hr) in enumerate(batches(start, steps), first):
             scalars = step_function(lr, hr)
-            if step % LOG_EVERY == 0 or step in (first, steps):
+            stopped = interruption.received
+            saving = step % args.save_every == 0 or step == steps or stopped
+            evaluating = step % args.eval_every == 0 or step == steps
+            if step % LOG_EVERY == 0 or step == first or saving or evaluating:
                 scalars = {key: float(value) for key, value in scalars.items()}  # waits for the device
-                if not all(map(math.isfinite, scalars.values())):
+                finite = all(map(math.isfinite, scalars.values()))
+                if not finite or (saving or evaluating) and not checkpoints.finite():
                     saved = checkpoints.all()
                     raise FloatingPointError(
-                        f"{name}: a loss is not finite between steps {max(first, step - LOG_EVERY + 1)} and {step}; last good "
-                        f"checkpoint: {saved[0] if saved else 'none'}. Try a lower learning rate, or --precision float32"
+                        f"{name}: {'a weight' if finite else 'a loss'} is not finite between steps "
+                        f"{good + 1} and {step}; last good checkpoint: {saved[0] if saved else 'none'}. "
+                        "Try a lower learning rate, or --precision float32"
                     )
+                good = step
                 shown.update((key.removesuffix(" Loss"), f"{value:.4g}") for key, value in scalars.items())
-                if step % LOG_EVERY == 0 or step == steps:
-                    log(step, scalars, {})
+                if chief and (step % LOG_EVERY == 0 or step == steps):
+                    writer.log(step, scalars)
+                won = won + 1 if scalars.get("D(HR)", 0) > 0.95 and scalars["D(SR)"] < 0.05 else min(won, 0)
+                if won == WON_AFTER:
+                    bar.write(f"Warning: {name}: the discriminator has won, D(HR) is {scalars['D(HR)']:.2f} and D(SR) "
+                              f"{scalars['D(SR)']:.2f}: the generator learns little from it. Try a lower --lr_gen, or more "
+                              "--PREGENSTEPS", file=sys.stderr)  # fmt: skip
+                    won = -math.inf  # say it once
             if step == first:
                 bar.write(f"{name}: compiled, with the first step, in {time.perf_counter() - clock:.1f} s")
                 bar.unpause()  # its time left is to be without the compiling
                 clock = time.perf_counter()
             else:
                 shown["patches/s"] = f"{(step - first) * args.BATCH_SIZE / (time.perf_counter() - clock):.1f}"
-            if step % args.eval_every == 0 or step == steps:
-                shown["PSNR"] = evaluate(step)
+            best = chief and evaluating and evaluate(step)
             bar.set_postfix(shown, refresh=False)
             bar.update()
-            if step % args.save_every == 0 or step == steps or interruption.received:
+            if chief and (saving or best):
                 writer.flush()
                 checkpoints.save(step)
-            if interruption.received:
-                break
-    writer.close()
-    return interruption.received
+            if stopped:
+                return stopped
+    return None
 
 
 def train(args):
-    """Train SRResNet and then SRGAN as `args`, the flags of main.py, say. Returns the exit code.
+    """Train SRResNet and then SRGAN as `args`, the flags of main.py, say, on all devices. Returns the exit code.
 
     Whatever could fail later is tried before the first step. Raises OSError, ValueError, FloatingPointError, MemoryError.
     """
+    strategy = make_strategy()
+    devices = strategy.num_replicas_in_sync
+    if args.BATCH_SIZE % devices:
+        raise ValueError(f"--BATCH_SIZE {args.BATCH_SIZE} can't be shared equally by {devices} devices")
+    if devices > 1:
+        print(f"Training on {devices} devices")
+    with strategy.scope():
+        return train_both(args)
+
+
+def train_both(args):
     run_dir = Path(args.run_dir)
     (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-    remember_options(run_dir, args)
+    chief = is_chief()
+    if chief:
+        remember_options(run_dir, args)
     vgg = losses.vgg_features(args.vgg_layer, args.vgg_weights) if args.STEPS else None
     train_pictures, valid_pictures = data.load(args.data_dir)
     pairs = validation_pairs(valid_pictures)
@@ -349,29 +451,40 @@ def train(args):
     srresnet, srgan = run_dir / "srresnet.weights.h5", run_dir / "srgan.weights.h5"
     if args.weights or not args.PREGENSTEPS:
         model.load_weights(generator, args.weights or srresnet)
-    validate = make_validation(generator, pairs)
     crop = data.bicubic(pairs[0][0]), pairs[0][1]
 
-    def run(name, steps, step_function, optimizer, seed, weights, **networks):
+    def run(name, steps, step_function, optimizer, seed, weights, vgg=None, **networks):
         """One phase and its weights file. Returns the exit code."""
+        validate = make_validation(generator, pairs, vgg)
 
         def validate_averaged():
             with averaged_weights(generator, optimizer):
                 return validate()
 
         def batches(first, last):
-            return data.patches(train_pictures, args.BATCH_SIZE, first, last, seed, args.jpeg)
+            def share(worker):
+                part, parts = worker.input_pipeline_id, worker.num_input_pipelines
+                patches = data.patches(train_pictures, args.BATCH_SIZE, first, last, seed, args.jpeg, part, parts)
+                return patches.rebatch(worker.get_per_replica_batch_size(args.BATCH_SIZE), drop_remainder=True)
+
+            return tf.distribute.get_strategy().distribute_datasets_from_function(share)
 
         checkpoints = Checkpoints(run_dir / "checkpoints", name, generator=generator, optimizer=optimizer, **networks)
         try:
-            interrupted = run_phase(name, step_function, steps, batches, checkpoints, validate_averaged, crop, args)
+            stopped = run_phase(name, step_function, steps, batches, checkpoints, validate_averaged, crop, args)
+            if stopped:
+                print(f"Interrupted, and saved: the same command goes on from {checkpoints.all()[0]}")
+                return 128 + stopped
+            if chief:
+                with averaged_weights(generator, optimizer):
+                    save_weights(generator, weights)
+            meet(steps)  # the weights are there
         except tf.errors.ResourceExhaustedError as error:
             raise MemoryError(f"out of memory with --BATCH_SIZE {args.BATCH_SIZE}: try a smaller one") from error
-        if interrupted:
-            print(f"Interrupted, and saved: the same command goes on from {checkpoints.all()[0]}")
-            return 128 + interrupted
-        with averaged_weights(generator, optimizer):
-            save_weights(generator, weights)
+        except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError) as error:
+            raise ConnectionError(
+                "another worker is gone: start the same command on each again, and the run goes on from its last checkpoint"
+            ) from error
         print(f"Upscale with it: python3 main.py --pretrained --weights {weights}")
         return 0
 
@@ -389,5 +502,5 @@ def train(args):
         )
         step_function = make_gan_step(generator, discriminator, vgg, optimizer, discriminator_optimizer)
         networks = {"discriminator": discriminator, "discriminator_optimizer": discriminator_optimizer}
-        code = run("gan", args.STEPS, step_function, optimizer, args.seed + 1, srgan, **networks)
+        code = run("gan", args.STEPS, step_function, optimizer, args.seed + 1, srgan, vgg, **networks)
     return code

@@ -89,7 +89,7 @@ def make_parser():
     add("--precision", default="float32", choices=("float32", "bfloat16"), help="what the networks compute in")
     add("--ema", type=number(float, 0, 0.99999), default=0, metavar="DECAY", help="average the generator's weights over the steps; 0: off")
     add("--jpeg", type=quality_range, metavar="LOW-HIGH", help="compress a half of the LR patches as JPEGs of these qualities")
-    add("--save_every", type=whole, default=100, metavar="N", help="steps between checkpoints")
+    add("--save_every", type=whole, default=100, metavar="N", help="steps between checkpoints; five minutes at most")
     add("--eval_every", type=whole, default=100, metavar="N", help="steps between validations")
     add("--seed", type=number(int, 0, 2**31 - 1), default=0, metavar="N", help="of the starting weights and the order of the data")
     return parser

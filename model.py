@@ -31,7 +31,7 @@ class BatchNormalization(layers.BatchNormalization):
         return y
 
 
-def _normalization(policy, **kwargs):
+def normalization(policy, **kwargs):
     several = tf.distribute.get_strategy().num_replicas_in_sync > 1  # then the statistics are those of the whole batch
     return BatchNormalization(momentum=0.99, epsilon=1e-5, synchronized=several, dtype=policy, **kwargs)
 
@@ -79,7 +79,7 @@ def generator(precision="float32"):
     policy = _policy(precision)
     conv = partial(layers.Conv2D, padding="same", dtype=policy)
     prelu = partial(PReLU, shared_axes=[1, 2], alpha_initializer=keras.initializers.Constant(0.25), dtype=policy)
-    norm = partial(_normalization, policy)
+    norm = partial(normalization, policy)
 
     lr = keras.Input((None, None, 3), name="lr")
     x = layers.Rescaling(1 / 255, dtype=policy)(lr)  # [0, 1]
@@ -160,7 +160,7 @@ def discriminator(precision="float32"):
     ):
         x = layers.Conv2D(filters, 3, stride, padding="same", dtype=policy, name=f"conv{i}")(x)
         if i > 1:
-            x = _normalization(policy, name=f"norm{i}")(x)
+            x = normalization(policy, name=f"norm{i}")(x)
         x = layers.LeakyReLU(0.2, dtype=policy)(x)
     x = layers.Flatten(dtype=policy)(x)  # (batch, 6 * 6 * 512)
     x = layers.LeakyReLU(0.2, dtype=policy)(layers.Dense(1024, dtype=policy, name="dense1")(x))

@@ -24,6 +24,7 @@ import model
 
 LOG_EVERY = 10  # steps between TensorBoard's points: reading a loss waits for the device
 KEEP = 2  # newest checkpoints of a phase, beside the best
+SAVE_AFTER = 300  # seconds between checkpoints at most, where --save_every steps take longer
 WON_AFTER = 50  # points of D(HR) near 1 and D(SR) near 0 before the warning
 VALID_PICTURES, VALID_SIZE = 10, 384  # validation looks at the middle of the first few pictures: seconds, also on a CPU
 
@@ -33,6 +34,7 @@ VALID_PICTURES, VALID_SIZE = 10, 384  # validation looks at the middle of the fi
 def make_strategy():
     """All GPUs of this machine, or of all machines that TF_CONFIG names; else one device. Raises ValueError."""
     if os.environ.get("TF_CONFIG"):
+        print("Waiting for the workers that TF_CONFIG names ...", flush=True)
         try:
             return tf.distribute.MultiWorkerMirroredStrategy()
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -212,6 +214,11 @@ def save_weights(generator, path):
 # ------------------------------------------------------------------------------------- checkpoints and TensorBoard's logs
 
 
+def reason(error):
+    """The end of TensorFlow's message, after the names of operations and temporary files."""
+    return str(error).splitlines()[0].partition(" [Op:")[0].rpartition("; ")[2]
+
+
 class Checkpoints:
     """The state of one phase, networks and optimizers, in folders `NAME-STEP` that are whole or not there.
 
@@ -244,7 +251,7 @@ class Checkpoints:
             (new / "best.json").write_text(json.dumps([self.best, self.score]))
         except (OSError, tf.errors.OpError) as error:
             shutil.rmtree(new, ignore_errors=True)
-            raise OSError(f"can't write the checkpoint {path}, those before it are still good: {error}") from error
+            raise OSError(f"can't write the checkpoint {path}, those before it are still good: {reason(error)}") from error
         shutil.rmtree(path, ignore_errors=True)
         os.replace(new, path)
         for old in self.all()[KEEP:]:
@@ -275,8 +282,8 @@ class Logs:
     """TensorBoard's file in `folder`, of a run that has done `step` steps. Raises OSError where it can't be written."""
 
     def __init__(self, folder, step):
-        rewind_logs(folder, step or -1)
         with self.writable():
+            rewind_logs(folder, step or -1)
             self.writer = tf.summary.create_file_writer(str(folder))
             self.writer.init()
 
@@ -285,7 +292,7 @@ class Logs:
         try:
             yield
         except tf.errors.OpError as error:
-            raise OSError(f"can't write TensorBoard's logs, the checkpoints are good: {error.message}") from error
+            raise OSError(f"can't write TensorBoard's logs, the checkpoints are good: {reason(error)}") from error
 
     def log(self, step, scalars, pictures={}):
         with self.writable(), self.writer.as_default(step):
@@ -316,7 +323,10 @@ def rewind_logs(folder, step):
 def remember_options(run_dir, args):
     """Write `args` to `RUN_DIR/options.json`."""
     new = run_dir / "options.json.new"
-    new.write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
+    try:
+        new.write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
+    except OSError as error:
+        raise OSError(f"can't write {new}: {error.strerror}") from error
     os.replace(new, run_dir / "options.json")
 
 
@@ -375,22 +385,23 @@ def run_phase(name, step_function, steps, batches, checkpoints, validate, crop, 
         writer.log(0, {}, {"crop/bicubic": crop[0], "crop/HR": crop[1]})
         evaluate(0)
 
-    first, good, clock, won = start + 1, start, time.perf_counter(), 0
+    first, good, won = start + 1, start, 0
+    clock = saved = time.perf_counter()
     print(f"{name}: compiling the training step ...", flush=True)
     with Interruption() as interruption, tqdm(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True) as bar:
         for step, (lr, hr) in enumerate(batches(start, steps), first):
             scalars = step_function(lr, hr)
             stopped = interruption.received
-            saving = step % args.save_every == 0 or step == steps or stopped
+            saving = step % args.save_every == 0 or step == steps or stopped or time.perf_counter() - saved > SAVE_AFTER
             evaluating = step % args.eval_every == 0 or step == steps
             if step % LOG_EVERY == 0 or step == first or saving or evaluating:
                 scalars = {key: float(value) for key, value in scalars.items()}  # waits for the device
                 finite = all(map(math.isfinite, scalars.values()))
                 if not finite or (saving or evaluating) and not checkpoints.finite():
-                    saved = checkpoints.all()
+                    paths = checkpoints.all()
                     raise FloatingPointError(
                         f"{name}: {'a weight' if finite else 'a loss'} is not finite between steps "
-                        f"{good + 1} and {step}; last good checkpoint: {saved[0] if saved else 'none'}. "
+                        f"{good + 1} and {step}; last good checkpoint: {paths[0] if paths else 'none'}. "
                         "Try a lower learning rate, or --precision float32"
                     )
                 good = step
@@ -415,6 +426,7 @@ def run_phase(name, step_function, steps, batches, checkpoints, validate, crop, 
             if chief and (saving or best):
                 writer.flush()
                 checkpoints.save(step)
+                saved = time.perf_counter()
             if stopped:
                 return stopped
     return None
@@ -473,7 +485,8 @@ def train_both(args):
         try:
             stopped = run_phase(name, step_function, steps, batches, checkpoints, validate_averaged, crop, args)
             if stopped:
-                print(f"Interrupted, and saved: the same command goes on from {checkpoints.all()[0]}")
+                if chief:
+                    print(f"Interrupted, and saved: the same command goes on from {checkpoints.all()[0]}")
                 return 128 + stopped
             if chief:
                 with averaged_weights(generator, optimizer):

@@ -8,42 +8,19 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from keras import layers
 
 import data
 import losses
 import main
 import model
+import tiny
 import train
 from conftest import make_picture
 
 
-def tiny_generator(precision="float32"):
-    lr = keras.Input((None, None, 3))
-    x = model._normalization(precision)(layers.Conv2D(48, 3, padding="same")(layers.Rescaling(1 / 255)(lr)))
-    return keras.Model(lr, layers.Rescaling(127.5, 127.5)(keras.ops.depth_to_space(x, 4)), name="generator")
-
-
-def tiny_discriminator(precision="float32"):
-    hr = keras.Input((96, 96, 3))
-    x = model._normalization(precision)(layers.Conv2D(4, 3, 4)(layers.Rescaling(1 / 255)(hr)))
-    return keras.Model(hr, layers.Dense(1)(layers.Flatten()(layers.LeakyReLU(0.2)(x))), name="discriminator")
-
-
-def tiny_vgg(layer="", weights=None):
-    pictures = keras.Input((None, None, 3))
-    conv = layers.Conv2D(4, 3, kernel_initializer=keras.initializers.GlorotUniform(seed=0))
-    vgg = keras.Model(pictures, conv(layers.Rescaling(1 / 255)(pictures)))
-    vgg.trainable = False
-    return vgg
-
-
 @pytest.fixture
-def tiny(monkeypatch, tmp_path):
-    monkeypatch.setattr(model, "generator", tiny_generator)
-    monkeypatch.setattr(model, "discriminator", tiny_discriminator)
-    monkeypatch.setattr(losses, "vgg_features", tiny_vgg)
-    monkeypatch.setattr(data, "FOLDER", tmp_path / "data")
+def tiny_networks(monkeypatch, tmp_path):
+    tiny.use(monkeypatch.setattr, tmp_path)
 
 
 def flags(photos, run_dir, *more):
@@ -65,7 +42,7 @@ def equal(before, after):
 
 
 def test_gan_step_moves_both_networks_and_never_vgg():
-    generator, discriminator, vgg = tiny_generator(), tiny_discriminator(), tiny_vgg()
+    generator, discriminator, vgg = tiny.generator(), tiny.discriminator(), tiny.vgg_features()
     optimizers = [train.make_optimizer(1e-3, network) for network in (generator, discriminator)]
     step = train.make_gan_step(generator, discriminator, vgg, *optimizers)
     before = [values(network) for network in (generator, discriminator, vgg)]
@@ -78,7 +55,7 @@ def test_gan_step_moves_both_networks_and_never_vgg():
 @pytest.mark.parametrize("frozen", ["generator", "discriminator"])
 def test_each_loss_moves_its_own_network_only(frozen):
     """With one network's learning rate at 0, only the statistics of its normalisation move."""
-    generator, discriminator, vgg = tiny_generator(), tiny_discriminator(), tiny_vgg()
+    generator, discriminator, vgg = tiny.generator(), tiny.discriminator(), tiny.vgg_features()
     rates = {"generator": 1e-3, "discriminator": 1e-3, frozen: 0.0}
     optimizers = [train.make_optimizer(rates[network.name], network) for network in (generator, discriminator)]
     step = train.make_gan_step(generator, discriminator, vgg, *optimizers)
@@ -90,7 +67,7 @@ def test_each_loss_moves_its_own_network_only(frozen):
 
 
 def test_gan_step_reports_the_papers_losses():
-    generator, discriminator, vgg = tiny_generator(), tiny_discriminator(), tiny_vgg()
+    generator, discriminator, vgg = tiny.generator(), tiny.discriminator(), tiny.vgg_features()
     lr, hr = (tf.cast(x, tf.float32) for x in batch())
     sr, logits_hr = generator(lr, training=True), discriminator(hr, training=True)
     logits_sr = discriminator(sr, training=True)
@@ -123,7 +100,7 @@ def test_schedules():
 
 
 def test_ema_averages_the_weights_and_gives_the_raw_ones_back():
-    generator = tiny_generator()
+    generator = tiny.generator()
     optimizer = train.make_optimizer(1e-2, generator, ema=0.5)
     step = train.make_pretrain_step(generator, optimizer)
     history = []
@@ -162,14 +139,22 @@ def points(logs):
 
 
 def weights(path):
-    network = tiny_generator()
+    network = tiny.generator()
     network.load_weights(path)
     return values(network)
 
 
+def same_result(run, other):
+    """Whether two runs left the same weights, to the last bit, and drew the same curves."""
+    for name in ("srresnet", "srgan"):
+        assert all(equal(weights(run / f"{name}.weights.h5"), weights(other / f"{name}.weights.h5")))
+    for phase in ("pretrain", "gan"):
+        assert points(run / "logs" / phase) == points(other / "logs" / phase)
+
+
 @pytest.mark.parametrize("ema", ["0", "0.9"])
 @pytest.mark.parametrize("cut_off_after", [(3,), (7, 11), (12 + 3,), (5, 12 + 2, 12 + 7)])
-def test_a_run_that_was_cut_off_ends_like_one_that_was_not(tiny, photos, tmp_path, monkeypatch, cut_off_after, ema):
+def test_a_run_that_was_cut_off_ends_like_one_that_was_not(tiny_networks, photos, tmp_path, monkeypatch, cut_off_after, ema):
     """The process dies in the middle of a step; the same command, again, gives the same weights and curves."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert train.train(flags(photos, whole, "--ema", ema)) == 0
@@ -204,13 +189,10 @@ def test_a_run_that_was_cut_off_ends_like_one_that_was_not(tiny, photos, tmp_pat
         monkeypatch.setattr(train, name, make)
     assert train.train(flags(photos, cut, "--ema", ema)) == 0
 
-    for name in ("srresnet", "srgan"):
-        assert all(equal(weights(whole / f"{name}.weights.h5"), weights(cut / f"{name}.weights.h5")))
-    for phase in ("pretrain", "gan"):
-        assert points(cut / "logs" / phase) == points(whole / "logs" / phase)
+    same_result(cut, whole)
 
 
-def test_curves_and_pictures_of_a_run(tiny, photos, tmp_path):
+def test_curves_and_pictures_of_a_run(tiny_networks, photos, tmp_path):
     assert train.train(flags(photos, tmp_path / "run")) == 0
     pretrain, gan = (points(tmp_path / "run" / "logs" / phase) for phase in ("pretrain", "gan"))
     pictures = {"crop/bicubic", "crop/SR", "crop/HR"}
@@ -225,7 +207,7 @@ def test_curves_and_pictures_of_a_run(tiny, photos, tmp_path):
     ]  # fmt: skip
 
 
-def test_more_steps_extend_a_finished_run(tiny, photos, tmp_path, capsys):
+def test_more_steps_extend_a_finished_run(tiny_networks, photos, tmp_path, capsys):
     assert train.train(flags(photos, tmp_path / "run")) == 0
     capsys.readouterr()
     assert train.train(flags(photos, tmp_path / "run", "--STEPS", "11")) == 0
@@ -233,7 +215,7 @@ def test_more_steps_extend_a_finished_run(tiny, photos, tmp_path, capsys):
     assert max(step for tag, step in points(tmp_path / "run" / "logs" / "gan")) == 11
 
 
-def test_other_options_are_refused_and_other_learning_rates_are_not(tiny, photos, tmp_path, capsys):
+def test_other_options_are_refused_and_other_learning_rates_are_not(tiny_networks, photos, tmp_path, capsys):
     run = tmp_path / "run"
     assert train.train(flags(photos, run, "--STEPS", "0")) == 0
     with pytest.raises(SystemExit) as refused:
@@ -242,7 +224,7 @@ def test_other_options_are_refused_and_other_learning_rates_are_not(tiny, photos
     assert train.train(flags(photos, run, "--PREGENSTEPS", "14", "--STEPS", "0", "--lr_pre_gen", "1e-5")) == 0
 
 
-def test_damaged_checkpoint_is_passed_over(tiny, photos, tmp_path, capsys):
+def test_damaged_checkpoint_is_passed_over(tiny_networks, photos, tmp_path, capsys):
     run = tmp_path / "run"
     assert train.train(flags(photos, run, "--STEPS", "0")) == 0
     before = weights(run / "srresnet.weights.h5")
@@ -256,13 +238,13 @@ def test_damaged_checkpoint_is_passed_over(tiny, photos, tmp_path, capsys):
     assert all(equal(before, weights(run / "srresnet.weights.h5")))
 
 
-def test_loss_that_is_not_finite_stops_the_run(tiny, photos, tmp_path):
+def test_loss_that_is_not_finite_stops_the_run(tiny_networks, photos, tmp_path):
     with pytest.raises(FloatingPointError, match="between steps 2 and 4.*last good checkpoint.*lower learning rate"):
         train.train(flags(photos, tmp_path / "run", "--lr_pre_gen", "1e30", "--lr_decay", "none"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_saves_and_says_how_to_go_on(tiny, photos, tmp_path, monkeypatch, capsys, number):
+def test_signal_saves_and_says_how_to_go_on(tiny_networks, photos, tmp_path, monkeypatch, capsys, number):
     make = train.make_pretrain_step
 
     def interrupted(*args):
@@ -282,8 +264,85 @@ def test_signal_saves_and_says_how_to_go_on(tiny, photos, tmp_path, monkeypatch,
     assert (tmp_path / "run" / "checkpoints" / "pretrain-0000007").is_dir()
 
 
-def test_full_disk_keeps_the_checkpoint_before(tiny, tmp_path, monkeypatch):
-    network = tiny_generator()
+def test_the_best_checkpoint_is_kept(tiny_networks, photos, tmp_path, monkeypatch):
+    scores = iter([10, 12, 30, 20, 25, 28])
+    monkeypatch.setattr(losses, "psnr", lambda sr, hr: scores.__next__() if hr is first else 0)
+    pairs = train.validation_pairs
+
+    def remember_first(pictures):
+        nonlocal first
+        result = pairs(pictures)
+        first = result[0][1]
+        return result
+
+    first = None
+    monkeypatch.setattr(train, "validation_pairs", remember_first)
+    steps = "--PREGENSTEPS 25 --STEPS 0 --save_every 5 --eval_every 5".split()
+    assert train.train(flags(photos, tmp_path, *steps)) == 0
+    kept = sorted(train.Checkpoints.step_of(path) for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == [10, 20, 25]
+
+
+def test_a_checkpoint_is_never_written_with_a_number_that_is_not_finite(tiny_networks, photos, tmp_path, monkeypatch):
+    """The loss of the step that breaks the weights is still finite."""
+    make = train.make_pretrain_step
+
+    def breaking(generator, optimizer):
+        step, done = make(generator, optimizer), []
+
+        def counted(lr, hr):
+            done.append(1)
+            scalars = step(lr, hr)
+            if len(done) == 10:
+                generator.trainable_variables[0].assign(generator.trainable_variables[0] * np.nan)
+            return scalars
+
+        return counted
+
+    monkeypatch.setattr(train, "make_pretrain_step", breaking)
+    with pytest.raises(FloatingPointError, match="a weight is not finite between steps 9 and 10; last good.*pretrain-0000008"):
+        train.train(flags(photos, tmp_path))
+    assert max(train.Checkpoints.step_of(path) for path in (tmp_path / "checkpoints").iterdir()) == 8
+
+
+@pytest.mark.parametrize("d_hr, warnings", [(0.99, 1), (0.9, 0)])
+def test_a_discriminator_that_has_won_is_named_once(tiny_networks, photos, tmp_path, monkeypatch, capsys, d_hr, warnings):
+    monkeypatch.setattr(train, "WON_AFTER", 2)
+    names = ["Perceptual Loss", "Discriminator Loss", "Content Loss", "Adversarial Loss"]
+    scalars = {**dict.fromkeys(names, 0.1), "D(HR)": d_hr, "D(SR)": 0.01}
+    monkeypatch.setattr(train, "make_gan_step", lambda *args: lambda lr, hr: scalars)
+    assert train.train(flags(photos, tmp_path, "--STEPS", "100")) == 0
+    assert capsys.readouterr().err.count("the discriminator has won") == warnings
+
+
+def test_checkpoints_are_minutes_apart_at_most(tiny_networks, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "SAVE_AFTER", 0)
+    monkeypatch.setattr(train, "KEEP", 100)
+    assert train.train(flags(photos, tmp_path, "--STEPS", "0", "--save_every", "1000")) == 0
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 12
+
+
+def test_full_disk_while_logging(tiny_networks, photos, tmp_path, monkeypatch):
+    def full(self):
+        raise tf.errors.ResourceExhaustedError(None, None, "logs; No space left on device\n\tFailed to flush 1 events")
+
+    logs = train.Logs(tmp_path, 0)
+    monkeypatch.setattr(type(logs.writer), "flush", full)
+    with pytest.raises(OSError, match="can't write TensorBoard's logs.*: No space left on device$"):
+        logs.flush()
+
+
+def test_out_of_memory_names_the_batch_size(tiny_networks, photos, tmp_path, monkeypatch):
+    def exhausted(lr, hr):
+        raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
+
+    monkeypatch.setattr(train, "make_pretrain_step", lambda *args: exhausted)
+    with pytest.raises(MemoryError, match="--BATCH_SIZE 4"):
+        train.train(flags(photos, tmp_path))
+
+
+def test_full_disk_keeps_the_checkpoint_before(tiny_networks, tmp_path, monkeypatch):
+    network = tiny.generator()
     checkpoints = train.Checkpoints(tmp_path, "pretrain", generator=network)
     checkpoints.save(5)
 
@@ -292,7 +351,7 @@ def test_full_disk_keeps_the_checkpoint_before(tiny, tmp_path, monkeypatch):
         raise tf.errors.ResourceExhaustedError(None, None, "No space left on device")
 
     monkeypatch.setattr(checkpoints.state, "write", full)
-    with pytest.raises(OSError, match="No space left on device"):
+    with pytest.raises(OSError, match="still good: No space left on device$"):
         checkpoints.save(10)
     assert [path.name for path in tmp_path.iterdir()] == ["pretrain-0000005"]
     assert checkpoints.restore() == 5

@@ -27,11 +27,12 @@ VGG_FILE = "vgg19_weights_tf_dim_ordering_tf_kernels_notop.h5"
 VGG_URL = "https://storage.googleapis.com/tensorflow/keras-applications/vgg19/" + VGG_FILE
 
 
-def vgg_features(layer, weights=None):
+def vgg_features(layer, weights=None, precision="float32"):
     """The map phi of equation 5: VGG19 up to `layer` (after its ReLU), frozen, pictures to scaled features.
 
     `weights` is Keras's `notop` file or a `.weights.h5` of a VGG19 that is at least as deep as `layer`; None: Keras's
-    download. Returns a model from `(batch, h, w, 3)`, 0 to 255, to `(batch, h / 2^k, w / 2^k, channels)`.
+    download. Returns a model from `(batch, h, w, 3)`, 0 to 255, to `(batch, h / 2^k, w / 2^k, channels)`, float32; with
+    `precision` "bfloat16" the convolutions are computed in that.
     Raises ValueError if the file doesn't fit, OSError if it can't be read or downloaded.
     """
     try:
@@ -47,6 +48,9 @@ def vgg_features(layer, weights=None):
     if weights and not whole_file:
         _load_vgg(vgg, weights, layer)
 
+    if precision == "bfloat16":
+        for each in vgg.layers:
+            each.dtype_policy = "mixed_bfloat16"
     rgb = keras.Input((None, None, 3))
     bgr = keras.applications.vgg19.preprocess_input(rgb)  # minus ImageNet's mean, as the network was trained
     features = keras.layers.Rescaling(FEATURE_SCALES[layer])(vgg(bgr))

@@ -453,7 +453,7 @@ def train_both(args):
     chief = is_chief()
     if chief:
         remember_options(run_dir, args)
-    vgg = losses.vgg_features(args.vgg_layer, args.vgg_weights) if args.STEPS else None
+    vgg = losses.vgg_features(args.vgg_layer, args.vgg_weights, args.precision) if args.STEPS else None
     train_pictures, valid_pictures = data.load(args.data_dir)
     pairs = validation_pairs(valid_pictures)
     print(f"{len(train_pictures)} pictures to train on, {len(valid_pictures)} to validate on")

@@ -32,7 +32,7 @@ def discriminator(precision="float32"):
     return keras.Model(hr, layers.Dense(1)(layers.Flatten()(layers.LeakyReLU(0.2)(x))), name="discriminator")
 
 
-def vgg_features(layer="", weights=None):
+def vgg_features(layer="", weights=None, precision="float32"):
     pictures = keras.Input((None, None, 3))
     conv = layers.Conv2D(4, 3, kernel_initializer=keras.initializers.GlorotUniform(seed=0))
     vgg = keras.Model(pictures, conv(layers.Rescaling(1 / 255)(pictures)))

@@ -258,6 +258,13 @@ class Checkpoints:
             if self.step_of(old) != self.best:
                 shutil.rmtree(old)
 
+    def record(self, step, score):
+        """Remember the step if its score is the highest so far. Returns whether it is."""
+        if score <= self.score:
+            return False
+        self.best, self.score = step, float(score)
+        return True
+
     def finite(self):
         """Whether each number of the state is."""
         return all(np.isfinite(v.numpy()).all() for part in self.parts for v in part.variables)
@@ -351,6 +358,38 @@ class Interruption:
 # ---------------------------------------------------------------------------------------------------------- the loop
 
 
+def check_finite(name, scalars, first, last, checkpoints, weights):
+    """Raise FloatingPointError if a loss of the steps `first` to `last` isn't finite or, with `weights`, a weight."""
+    finite = all(map(math.isfinite, scalars.values()))
+    if finite and not (weights and not checkpoints.finite()):
+        return
+    paths = checkpoints.all()
+    raise FloatingPointError(
+        f"{name}: {'a weight' if finite else 'a loss'} is not finite between steps {first} and {last}; last good checkpoint: "
+        f"{paths[0] if paths else 'none'}. Try a lower learning rate, or --precision float32"
+    )
+
+
+class VictoryWatch:
+    """Warns once of a discriminator that tells all pictures apart for many points: the generator learns little then."""
+
+    def __init__(self):
+        self.points = 0
+
+    def __call__(self, scalars):
+        if scalars.get("D(HR)", 0) < 0.95 or scalars["D(SR)"] > 0.05:
+            self.points = min(self.points, 0)
+            return
+        self.points += 1
+        if self.points == WON_AFTER:
+            self.points = -math.inf
+            tqdm.write(
+                f"Warning: the discriminator has won, D(HR) is {scalars['D(HR)']:.2f} and D(SR) {scalars['D(SR)']:.2f}: "
+                "try a lower --lr_gen, or more --PREGENSTEPS",
+                file=sys.stderr,
+            )
+
+
 def run_phase(name, step_function, steps, batches, checkpoints, validate, crop, args):
     """Train one phase from its newest checkpoint to `steps`. Returns the signal that cut it off, or None.
 
@@ -363,29 +402,24 @@ def run_phase(name, step_function, steps, batches, checkpoints, validate, crop, 
     if start >= steps:
         return None
     chief = is_chief()
-    if chief:
-        writer = Logs(Path(args.run_dir) / "logs" / name, start)
-    shown = {}
+    logs = Logs(Path(args.run_dir) / "logs" / name, start) if chief else None
+    shown, watch = {}, VictoryWatch()
 
     def evaluate(step):
-        """Validate and log. Returns whether the networks were never better."""
+        """Validate and log. Returns whether the generator was never better."""
         scalars, sr = validate()
-        writer.log(step, scalars, {"crop/SR": sr})
+        logs.log(step, scalars, {"crop/SR": sr})
         shown["PSNR"] = f"{scalars['PSNR']:.2f}"
         # The GAN gives up PSNR for what the content loss measures.
-        score = float(-scalars["Validation Content Loss"] if "Validation Content Loss" in scalars else scalars["PSNR"])
-        if score <= checkpoints.score:
-            return False
-        checkpoints.best, checkpoints.score = step, score
-        return True
+        return checkpoints.record(step, -scalars.get("Validation Content Loss", -scalars["PSNR"]))
 
     if start:
         print(f"{name}: going on after step {start}")
     elif chief:
-        writer.log(0, {}, {"crop/bicubic": crop[0], "crop/HR": crop[1]})
+        logs.log(0, {}, {"crop/bicubic": crop[0], "crop/HR": crop[1]})
         evaluate(0)
 
-    first, good, won = start + 1, start, 0
+    first, good = start + 1, start
     clock = saved = time.perf_counter()
     print(f"{name}: compiling the training step ...", flush=True)
     with Interruption() as interruption, tqdm(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True) as bar:
@@ -394,26 +428,15 @@ def run_phase(name, step_function, steps, batches, checkpoints, validate, crop, 
             stopped = interruption.received
             saving = step % args.save_every == 0 or step == steps or stopped or time.perf_counter() - saved > SAVE_AFTER
             evaluating = step % args.eval_every == 0 or step == steps
-            if step % LOG_EVERY == 0 or step == first or saving or evaluating:
+            logging = step % LOG_EVERY == 0 or step == steps
+            if step == first or saving or evaluating or logging:
                 scalars = {key: float(value) for key, value in scalars.items()}  # waits for the device
-                finite = all(map(math.isfinite, scalars.values()))
-                if not finite or (saving or evaluating) and not checkpoints.finite():
-                    paths = checkpoints.all()
-                    raise FloatingPointError(
-                        f"{name}: {'a weight' if finite else 'a loss'} is not finite between steps "
-                        f"{good + 1} and {step}; last good checkpoint: {paths[0] if paths else 'none'}. "
-                        "Try a lower learning rate, or --precision float32"
-                    )
+                check_finite(name, scalars, good + 1, step, checkpoints, weights=saving or evaluating)
                 good = step
+                watch(scalars)
                 shown.update((key.removesuffix(" Loss"), f"{value:.4g}") for key, value in scalars.items())
-                if chief and (step % LOG_EVERY == 0 or step == steps):
-                    writer.log(step, scalars)
-                won = won + 1 if scalars.get("D(HR)", 0) > 0.95 and scalars["D(SR)"] < 0.05 else min(won, 0)
-                if won == WON_AFTER:
-                    bar.write(f"Warning: {name}: the discriminator has won, D(HR) is {scalars['D(HR)']:.2f} and D(SR) "
-                              f"{scalars['D(SR)']:.2f}: the generator learns little from it. Try a lower --lr_gen, or more "
-                              "--PREGENSTEPS", file=sys.stderr)  # fmt: skip
-                    won = -math.inf  # say it once
+                if chief and logging:
+                    logs.log(step, scalars)
             if step == first:
                 bar.write(f"{name}: compiled, with the first step, in {time.perf_counter() - clock:.1f} s")
                 bar.unpause()  # its time left is to be without the compiling
@@ -423,10 +446,11 @@ def run_phase(name, step_function, steps, batches, checkpoints, validate, crop, 
             best = chief and evaluating and evaluate(step)
             bar.set_postfix(shown, refresh=False)
             bar.update()
-            if chief and (saving or best):
-                writer.flush()
-                checkpoints.save(step)
+            if saving or best:
                 saved = time.perf_counter()
+                if chief:
+                    logs.flush()
+                    checkpoints.save(step)
             if stopped:
                 return stopped
     return None

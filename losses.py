@@ -23,6 +23,8 @@ def mse_loss(hr, sr):
 # factors bring the content loss of a pre-trained generator to the 0.07 that it has at block5_conv4.
 FEATURE_SCALES = {"block2_conv2": 1 / 510, "block3_conv4": 1 / 1600, "block5_conv4": 1 / 12.75}
 
+COLOUR_FACTOR = 10
+
 VGG_FILE = "vgg19_weights_tf_dim_ordering_tf_kernels_notop.h5"
 VGG_URL = "https://storage.googleapis.com/tensorflow/keras-applications/vgg19/" + VGG_FILE
 
@@ -85,9 +87,18 @@ def discriminator_loss(logits_hr, logits_sr):
     return tf.reduce_mean(tf.nn.softplus(-logits_hr)) + tf.reduce_mean(tf.nn.softplus(logits_sr))
 
 
-def perceptual_loss(content, adversarial):
-    """Equation 3."""
-    return content + 1e-3 * adversarial
+def colour_loss(hr, sr):
+    """Equation 4 of both pictures at LR's size, where a colour is no matter of taste: SR must shrink to LR again.
+
+    Not in the paper. Without it pictures came out up to 8 grey levels too dark: 4 levels change the content loss by 0.2%.
+    """
+    hr, sr = (tf.nn.avg_pool2d(picture, 4, 4, "VALID") for picture in (hr, sr))
+    return mse_loss(hr, sr)
+
+
+def perceptual_loss(content, adversarial, colour):
+    """Equation 3, and the colours."""
+    return content + 1e-3 * adversarial + COLOUR_FACTOR * colour
 
 
 # ----------------------------------------------------------------------------------------------------------- metrics

@@ -322,7 +322,7 @@ CURVES = {  # file: the phase, TensorBoard's tag, and what `curve` takes
         "pretrain", "MSE Loss", {"title": "SRResNet: MSE loss", "label": "MSE, colours from −1 to 1", "scale": "log"},
     ),
     "perceptual_loss.svg": (
-        "gan", "Perceptual Loss", {"title": "SRGAN: perceptual loss", "label": "content + 0.001 adversarial loss"},
+        "gan", "Perceptual Loss", {"title": "SRGAN: perceptual loss", "label": "content + 0.001 adversarial + 10 colour"},
     ),
     "discriminator_loss.svg": (
         "gan", "Discriminator Loss",

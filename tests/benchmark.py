@@ -1,22 +1,29 @@
-"""Speed and memory, measured: `python3 tests/benchmark.py [--data_dir DIR]`."""
+"""Speed and memory of training, the data pipeline and upscaling, as a table: `python3 tests/benchmark.py`.
+
+Each row is measured in a process of its own, so that its peak memory is its own, too.
+"""
 
 import argparse
 import itertools
+import json
+import multiprocessing
 import os
+import platform
 import resource
 import sys
 import tempfile
 import time
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # as main.py sets it
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 from PIL import Image
 
 import data
+import main
 
 
 def peak_memory():
@@ -24,11 +31,49 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 
-def data_pipeline(data_dir=None, jpeg=None, batch_size=128, seconds=5):
-    """Patch pairs per second out of `data.patches` from a prepared store that has been read once, and the peak memory.
+def training(phase, precision, xla, batch_size, steps=10):
+    """Patches per second of a training step: the median after three others, of which the first compiles.
 
-    `data_dir`: pictures to read; None: twenty of 2 megapixels, made for the purpose. Memory is that of the whole
-    process, with TensorFlow; it counts the pages of the store that the system happens to keep, and can drop again.
+    The VGG19 of the GAN ends at block3_conv4; its weights are random.
+    """
+    import keras
+    import tensorflow as tf
+
+    import losses
+    import model
+    import train
+
+    train.compiled = partial(train.compiled, xla=xla)
+    lr = tf.constant(np.random.default_rng(0).integers(0, 256, (batch_size, 24, 24, 3), np.uint8))
+    hr = tf.constant(np.random.default_rng(0).integers(0, 256, (batch_size, 96, 96, 3), np.uint8))
+    generator = model.generator(precision)
+    optimizer = train.make_optimizer(1e-4, generator)
+    if phase == "pre-training":
+        step = train.make_pretrain_step(generator, optimizer)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            vgg = keras.applications.VGG19(include_top=False, weights=None)
+            vgg = keras.Model(vgg.input, vgg.get_layer("block3_conv4").output)
+            vgg.save_weights(f"{folder}/random.weights.h5")
+            vgg = losses.vgg_features("block3_conv4", f"{folder}/random.weights.h5", precision)
+        discriminator = model.discriminator(precision)
+        step = train.make_gan_step(generator, discriminator, vgg, optimizer, train.make_optimizer(1e-4, discriminator))
+    seconds = []
+    for _ in range(3 + steps):
+        start = time.perf_counter()
+        [float(value) for value in step(lr, hr).values()]  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    row = {"speed": batch_size / np.median(seconds[3:]), "unit": "patches/s", "first step, s": seconds[0]}
+    if tf.config.list_physical_devices("GPU"):
+        row["GPU memory, MB"] = tf.config.experimental.get_memory_info("GPU:0")["peak"] / 1e6
+    return row
+
+
+def patches(data_dir, jpeg, batch_size, seconds=5):
+    """Patch pairs per second out of `data.patches` from a prepared store that has been read once.
+
+    `data_dir`: pictures to read; None: twenty of 2 megapixels, made for the purpose. The memory counts the pages of the
+    store that the system happens to keep, and can drop again.
     """
     with tempfile.TemporaryDirectory() as folder:
         if data_dir is None:
@@ -36,13 +81,7 @@ def data_pipeline(data_dir=None, jpeg=None, batch_size=128, seconds=5):
             for i in range(20):
                 picture = np.random.default_rng(i).integers(0, 256, (1152, 1728, 3), np.uint8)
                 Image.fromarray(picture).save(Path(folder) / f"{i}.bmp")
-        start = time.perf_counter()
         pictures, _ = data.load(data_dir)
-        prepared = time.perf_counter() - start
-        start = time.perf_counter()
-        data.load(data_dir)
-        found = time.perf_counter() - start
-
         pictures.pixels.max()  # now in memory as far as it fits
         batches = iter(data.patches(pictures, batch_size, 0, sys.maxsize - 1, seed=0, jpeg=jpeg))
         for _ in itertools.islice(batches, 20):
@@ -51,47 +90,7 @@ def data_pipeline(data_dir=None, jpeg=None, batch_size=128, seconds=5):
         while time.perf_counter() - start < seconds:
             next(batches)
             count += batch_size
-        speed = count / (time.perf_counter() - start)
-    print(
-        f"data: {speed:,.0f} pairs/s in batches of {batch_size}{f', JPEG {jpeg}' if jpeg else ''}; "
-        f"{len(pictures)} pictures, {pictures.pixels.nbytes / 1e6:.0f} MB, prepared in {prepared:.1f} s "
-        f"and found again in {found:.2f} s; peak memory {peak_memory():.0f} MB"
-    )
-    return speed
-
-
-def training(batch_size=16, steps=5):
-    """Patches per second of both training steps: the median of a few steps, after the one that compiles."""
-    import keras
-    import tensorflow as tf
-
-    import losses
-    import model
-    import train
-
-    lr = tf.constant(np.random.default_rng(0).integers(0, 256, (batch_size, 24, 24, 3), np.uint8))
-    hr = tf.constant(np.random.default_rng(0).integers(0, 256, (batch_size, 96, 96, 3), np.uint8))
-    with tempfile.TemporaryDirectory() as folder:
-        weights = Path(folder) / "random.weights.h5"
-        vgg = keras.applications.VGG19(include_top=False, weights=None)
-        keras.Model(vgg.input, vgg.get_layer("block2_conv2").output).save_weights(weights)
-        vgg = losses.vgg_features("block2_conv2", weights)
-    for precision in ("float32", "bfloat16"):
-        generator, discriminator = model.generator(precision), model.discriminator(precision)
-        optimizers = [train.make_optimizer(1e-4, network) for network in (generator, discriminator)]
-        for name, step in (
-            ("pre-training", train.make_pretrain_step(generator, train.make_optimizer(1e-4, generator))),
-            ("GAN, block2_conv2", train.make_gan_step(generator, discriminator, vgg, *optimizers)),
-        ):
-            seconds = []
-            for _ in range(steps + 1):
-                start = time.perf_counter()
-                [float(value) for value in step(lr, hr).values()]  # waits for the device
-                seconds.append(time.perf_counter() - start)
-            print(
-                f"{name}, {precision}: {batch_size / np.median(seconds[1:]):.1f} patches/s in batches of {batch_size}; "
-                f"compiled in {seconds[0]:.1f} s; peak memory {peak_memory():.0f} MB"
-            )
+        return {"speed": count / (time.perf_counter() - start), "unit": "patches/s"}
 
 
 def tiling_overhead(height, width, trunk_tile=768, tail_tile=128):
@@ -109,33 +108,68 @@ def tiling_overhead(height, width, trunk_tile=768, tail_tile=128):
     return total / ((trunk + tail) * height * width) - 1
 
 
-def upscaling(sizes=((128, 128), (270, 480), (1080, 1920))):
-    """LR megapixels per second, the tiling's overhead and the peak memory, size by size: a list of rows."""
+def upscaling(height, width):
+    """Megapixels of the result per second: the best of three for small pictures, after one that traces."""
     import model
 
     upscaler = model.make_upscaler(model.generator())
-    rows = []
-    for height, width in sizes:
-        lr = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
-        times = []
-        for _ in range(4 if height * width < 10**6 else 1):  # the first of a small one includes tracing
-            start = time.perf_counter()
-            upscaler(lr)
-            times.append(time.perf_counter() - start)
-        rows.append((height, width, height * width / min(times) / 1e6, tiling_overhead(height, width), peak_memory()))
-        print(
-            f"upscaling {width}x{height}: {rows[-1][2]:.4f} LR megapixels/s, {rows[-1][3]:.1%} of overhead in tiles; "
-            f"peak memory {rows[-1][4]:.0f} MB",
-            flush=True,
-        )
-    return rows
+    lr = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    seconds = []
+    for _ in range(4 if height * width < 10**6 else 1):
+        start = time.perf_counter()
+        upscaler(lr)
+        seconds.append(time.perf_counter() - start)
+    speed = data.SCALE**2 * height * width / min(seconds) / 1e6
+    return {"speed": speed, "unit": "megapixels/s", "tiling overhead": tiling_overhead(height, width)}
+
+
+def measure(function, *arguments):
+    """In a fresh process. Returns the row."""
+    main.start_tensorflow()
+    row = function(*arguments)
+    return {**row, "memory, MB": peak_memory()}
+
+
+def machine():
+    name = main.start_tensorflow()
+    with open("/proc/cpuinfo") if Path("/proc/cpuinfo").exists() else open(os.devnull) as file:
+        names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    return f"{name} ({names[0] if names else platform.machine()}), TensorFlow {version('tensorflow')}"
+
+
+def rows(args):
+    """The table: name, function and its arguments."""
+    for phase in ("pre-training", "GAN"):
+        for precision in ("float32", "bfloat16"):
+            for xla in (False, True):
+                name = f"{phase}, {precision}{', XLA' if xla else ''}"
+                yield name, training, phase, precision, xla, args.BATCH_SIZE
+    yield "patches", patches, args.data_dir, None, args.BATCH_SIZE
+    yield "patches, a half as JPEG", patches, args.data_dir, (30, 95), args.BATCH_SIZE
+    for width, height in ((128, 128), (480, 270), (1920, 1080)):
+        yield f"upscaling {width}x{height}", upscaling, height, width
+
+
+def run(args):
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        result = {"machine": pool.apply(machine), "batch size": args.BATCH_SIZE, "rows": []}
+        print(f"{result['machine']}; batches of {args.BATCH_SIZE}\n\n| | speed | peak memory | |\n|---|---|---|---|", flush=True)
+        for name, *call in rows(args):
+            if args.only not in name:
+                continue
+            row = pool.apply(measure, call)
+            result["rows"].append({"name": name, **row})
+            speed, unit, memory = row.pop("speed"), row.pop("unit"), row.pop("memory, MB")
+            notes = "; ".join(f"{key} {value:.{2 if value < 1 else 0}f}" for key, value in row.items())
+            print(f"| {name} | {speed:,.{0 if speed > 100 else 2 if speed < 10 else 1}f} {unit} | {memory:,.0f} MB | {notes} |", flush=True)
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--BATCH_SIZE", type=int, default=16, metavar="N", help="patches in a step")
     parser.add_argument("--data_dir", metavar="DIR", help="pictures to read instead of made ones")
-    args = parser.parse_args()
-    data_pipeline(args.data_dir)
-    data_pipeline(args.data_dir, jpeg=(30, 95))
-    upscaling()
-    training()
+    parser.add_argument("--only", default="", metavar="TEXT", help="the rows whose names hold this")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers there, too")
+    run(parser.parse_args())

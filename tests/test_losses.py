@@ -29,7 +29,14 @@ def test_adversarial_losses_do_not_saturate():
 
 
 def test_perceptual_loss():
-    assert float(losses.perceptual_loss(tf.constant(2.0), tf.constant(5.0))) == pytest.approx(2.005)
+    assert float(losses.perceptual_loss(tf.constant(2.0), tf.constant(5.0), tf.constant(0.3))) == pytest.approx(5.005)
+
+
+def test_colour_loss_sees_a_colour_and_no_texture():
+    hr = tf.fill((1, 8, 8, 3), 100.0)
+    texture = 20.0 * tf.reshape(tf.constant([1.0, -1, -1, 1] * 16), (1, 8, 8, 1))
+    assert float(losses.colour_loss(hr, hr + texture)) == 0
+    assert float(losses.colour_loss(hr, hr + 12.75)) == pytest.approx(0.01)
 
 
 def test_vgg_features_are_the_networks_own(vgg_weights):

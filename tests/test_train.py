@@ -49,7 +49,9 @@ def test_gan_step_moves_both_networks_and_never_vgg():
     scalars = step(*batch())
     generator_kept, discriminator_kept, vgg_kept = (equal(b, values(n)) for b, n in zip(before, (generator, discriminator, vgg)))
     assert all(vgg_kept) and not any(discriminator_kept) and not any(generator_kept)
-    assert set(scalars) == {"Perceptual Loss", "Discriminator Loss", "Content Loss", "Adversarial Loss", "D(HR)", "D(SR)"}
+    assert set(scalars) == {
+        "Perceptual Loss", "Discriminator Loss", "Content Loss", "Adversarial Loss", "Colour Loss", "D(HR)", "D(SR)",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("frozen", ["generator", "discriminator"])
@@ -73,10 +75,12 @@ def test_gan_step_reports_the_papers_losses():
     logits_sr = discriminator(sr, training=True)
     content = float(losses.content_loss(vgg(hr), vgg(sr)))
     adversarial = float(losses.adversarial_loss(logits_sr))
+    colour = float(losses.colour_loss(hr, sr))
     optimizers = [train.make_optimizer(1e-3, network) for network in (generator, discriminator)]
     scalars = train.make_gan_step(generator, discriminator, vgg, *optimizers)(*batch())
     assert float(scalars["Content Loss"]) == pytest.approx(content, rel=1e-4)
-    assert float(scalars["Perceptual Loss"]) == pytest.approx(content + 1e-3 * adversarial, rel=1e-4)
+    assert float(scalars["Colour Loss"]) == pytest.approx(colour, rel=1e-4)
+    assert float(scalars["Perceptual Loss"]) == pytest.approx(content + 1e-3 * adversarial + 10 * colour, rel=1e-4)
     assert float(scalars["Discriminator Loss"]) == pytest.approx(float(losses.discriminator_loss(logits_hr, logits_sr)), rel=1e-4)
     assert float(scalars["D(HR)"]) == pytest.approx(float(tf.reduce_mean(tf.sigmoid(logits_hr))), rel=1e-4)
 
@@ -198,7 +202,7 @@ def test_curves_and_pictures_of_a_run(tiny_networks, photos, tmp_path):
     pictures = {"crop/bicubic", "crop/SR", "crop/HR"}
     assert {tag for tag, _ in pretrain} == {"MSE Loss", "PSNR"} | pictures
     assert {tag for tag, _ in gan} == {
-        "Perceptual Loss", "Discriminator Loss", "Content Loss", "Adversarial Loss", "D(HR)", "D(SR)", "PSNR",
+        "Perceptual Loss", "Discriminator Loss", "Content Loss", "Adversarial Loss", "Colour Loss", "D(HR)", "D(SR)", "PSNR",
         "Validation Content Loss",
     } | pictures  # fmt: skip
     assert [step for tag, step in pretrain if tag == "PSNR"] == [0, 4, 8, 12]

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -341,19 +342,31 @@ def remember_options(run_dir, args):
 
 
 class Interruption:
-    """`received` holds the number of the first SIGINT or SIGTERM; a second one ends the program at once."""
+    """`received` holds the number of the first SIGINT or SIGTERM; a second one ends the program at once.
+
+    Python's own handler waits for the step to end. So a thread counts the signals, as they come through a pipe.
+    """
 
     def __enter__(self):
         self.received = None
         self.previous = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.incoming, self.outgoing = os.pipe()
+        os.set_blocking(self.outgoing, False)
+        signal.set_wakeup_fd(self.outgoing)
+        threading.Thread(target=self.count, daemon=True).start()
         return self
 
     def receive(self, number, frame):
         self.received = number
-        for each in self.previous:
-            signal.signal(each, signal.SIG_DFL)
+
+    def count(self):
+        with open(self.incoming, "rb", buffering=0) as incoming:
+            if incoming.read(1) and (second := incoming.read(1)):
+                os._exit(128 + second[0])
 
     def __exit__(self, *exception):
+        signal.set_wakeup_fd(-1)
+        os.close(self.outgoing)  # ends the thread
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 

@@ -63,9 +63,9 @@ def training(phase, precision, xla, batch_size, steps=10):
         start = time.perf_counter()
         [float(value) for value in step(lr, hr).values()]  # waits for the device
         seconds.append(time.perf_counter() - start)
-    row = {"speed": batch_size / np.median(seconds[3:]), "unit": "patches/s", "first step, s": seconds[0]}
+    row = {"speed": batch_size / np.median(seconds[3:]), "unit": "patches/s", "first step (s)": seconds[0]}
     if tf.config.list_physical_devices("GPU"):
-        row["GPU memory, MB"] = tf.config.experimental.get_memory_info("GPU:0")["peak"] / 1e6
+        row["GPU memory (MB)"] = tf.config.experimental.get_memory_info("GPU:0")["peak"] / 1e6
     return row
 
 
@@ -127,7 +127,7 @@ def measure(function, *arguments):
     """In a fresh process. Returns the row."""
     main.start_tensorflow()
     row = function(*arguments)
-    return {**row, "memory, MB": peak_memory()}
+    return {**row, "memory (MB)": peak_memory()}
 
 
 def machine():
@@ -159,7 +159,7 @@ def run(args):
                 continue
             row = pool.apply(measure, call)
             result["rows"].append({"name": name, **row})
-            speed, unit, memory = row.pop("speed"), row.pop("unit"), row.pop("memory, MB")
+            speed, unit, memory = row.pop("speed"), row.pop("unit"), row.pop("memory (MB)")
             notes = "; ".join(f"{key} {value:.{2 if value < 1 else 0}f}" for key, value in row.items())
             print(f"| {name} | {speed:,.{0 if speed > 100 else 2 if speed < 10 else 1}f} {unit} | {memory:,.0f} MB | {notes} |", flush=True)
     if args.json:

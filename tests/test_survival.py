@@ -79,6 +79,18 @@ def test_a_run_that_is_killed_at_random_ends_like_one_that_is_not(start, tmp_pat
     assert not list(killed.glob("checkpoints/*.new"))
 
 
+def test_a_second_signal_ends_a_run_in_the_middle_of_a_step(start, tmp_path):
+    process = start(tmp_path / "run", "--PREGENSTEPS 9 --STEPS 0", TINY_TAKES_LONG="1")
+    while "compiling the training step" not in Path(process.output.name).read_text():
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=5) == 128 + signal.SIGTERM
+
+
 FLAGS = "--PREGENSTEPS 8 --STEPS 200 --save_every 5 --eval_every 8 --seed 3"
 
 

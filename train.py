@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -344,15 +345,15 @@ def remember_options(run_dir, args):
 class Interruption:
     """`received` holds the number of the first SIGINT or SIGTERM; a second one ends the program at once.
 
-    Python's own handler waits for the step to end. So a thread counts the signals, as they come through a pipe.
+    Python's own handler waits for the step to end. So a thread counts the signals, as they come through a socket.
     """
 
     def __enter__(self):
         self.received = None
         self.previous = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
-        self.incoming, self.outgoing = os.pipe()
-        os.set_blocking(self.outgoing, False)
-        signal.set_wakeup_fd(self.outgoing)
+        self.incoming, self.outgoing = socket.socketpair()
+        self.outgoing.setblocking(False)
+        signal.set_wakeup_fd(self.outgoing.fileno())
         threading.Thread(target=self.count, daemon=True).start()
         return self
 
@@ -360,13 +361,13 @@ class Interruption:
         self.received = number
 
     def count(self):
-        with open(self.incoming, "rb", buffering=0) as incoming:
-            if incoming.read(1) and (second := incoming.read(1)):
+        with self.incoming:
+            if self.incoming.recv(1) and (second := self.incoming.recv(1)):
                 os._exit(128 + second[0])
 
     def __exit__(self, *exception):
         signal.set_wakeup_fd(-1)
-        os.close(self.outgoing)  # ends the thread
+        self.outgoing.close()  # ends the thread
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 

@@ -88,12 +88,15 @@ def discriminator_loss(logits_hr, logits_sr):
 
 
 def colour_loss(hr, sr):
-    """Equation 4 of both pictures at LR's size, where a colour is no matter of taste: SR must shrink to LR again.
+    """Mean colours, which are no matter of taste, on the range of equation 4: of the 4x4 pixels that are one in LR, and, all
+    over the patch, of those at each of the 16 places in it.
 
-    Not in the paper. Without it pictures came out up to 8 grey levels too dark: 4 levels change the content loss by 0.2%.
+    Not in the paper. VGG's features hardly see them: without the first, pictures came out up to 8 grey levels too dark;
+    without the second, with a grid of 4 pixels.
     """
-    hr, sr = (tf.nn.avg_pool2d(picture, 4, 4, "VALID") for picture in (hr, sr))
-    return mse_loss(hr, sr)
+    difference = tf.nn.space_to_depth((hr - sr) / 127.5, 4)
+    difference = tf.reshape(difference, (-1, *difference.shape[1:3], 16, 3))
+    return sum(tf.reduce_mean(tf.square(tf.reduce_mean(difference, axes))) for axes in (3, (1, 2)))
 
 
 def perceptual_loss(content, adversarial, colour):

@@ -32,11 +32,14 @@ def test_perceptual_loss():
     assert float(losses.perceptual_loss(tf.constant(2.0), tf.constant(5.0), tf.constant(0.3))) == pytest.approx(5.005)
 
 
-def test_colour_loss_sees_a_colour_and_no_texture():
+def test_colour_loss_sees_a_colour_and_a_grid_and_no_texture():
     hr = tf.fill((1, 8, 8, 3), 100.0)
-    texture = 20.0 * tf.reshape(tf.constant([1.0, -1, -1, 1] * 16), (1, 8, 8, 1))
-    assert float(losses.colour_loss(hr, hr + texture)) == 0
-    assert float(losses.colour_loss(hr, hr + 12.75)) == pytest.approx(0.01)
+    assert float(losses.colour_loss(hr, hr + 12.75)) == pytest.approx(0.01 + 0.01)
+    block = np.zeros((4, 4, 1))
+    block[0, 0], block[2, 2] = 127.5, -127.5
+    grid, texture = np.tile(block, (2, 2, 1)), np.block([[[block], [-block]], [[-block], [block]]])
+    assert float(losses.colour_loss(hr, hr + grid[None])) == pytest.approx(2 / 16)
+    assert float(losses.colour_loss(hr, hr + texture[None])) == 0
 
 
 def test_vgg_features_are_the_networks_own(vgg_weights):

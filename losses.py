@@ -23,8 +23,6 @@ def mse_loss(hr, sr):
 # factors bring the content loss of a pre-trained generator to the 0.07 that it has at block5_conv4.
 FEATURE_SCALES = {"block2_conv2": 1 / 510, "block3_conv4": 1 / 1600, "block5_conv4": 1 / 12.75}
 
-COLOUR_FACTOR = 10
-
 VGG_FILE = "vgg19_weights_tf_dim_ordering_tf_kernels_notop.h5"
 VGG_URL = "https://storage.googleapis.com/tensorflow/keras-applications/vgg19/" + VGG_FILE
 
@@ -101,7 +99,7 @@ def colour_loss(hr, sr):
 
 def perceptual_loss(content, adversarial, colour):
     """Equation 3, and the colours."""
-    return content + 1e-3 * adversarial + COLOUR_FACTOR * colour
+    return content + 1e-3 * adversarial + 10 * colour
 
 
 # ----------------------------------------------------------------------------------------------------------- metrics

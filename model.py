@@ -75,6 +75,10 @@ def generator(precision="float32"):
     Fully convolutional: `(batch, height, width, 3)` in, `(batch, 4 * height, 4 * width, 3)` out, float32. The last
     layer is linear, so values may leave 0 to 255 a little: clip when the picture is made. A fresh generator upscales
     like an interpolation (see `_start_as_interpolation`).
+
+    The layers at both ends are computed in float32 at any `precision`. In bfloat16, whose 8 bits are fewer than a
+    colour's, the first shifts all colours by up to a grey level, and training makes up for that: then they are wrong
+    where the weights are used in float32.
     """
     policy = _policy(precision)
     conv = partial(layers.Conv2D, padding="same", dtype=policy)
@@ -82,8 +86,8 @@ def generator(precision="float32"):
     norm = partial(normalization, policy)
 
     lr = keras.Input((None, None, 3), name="lr")
-    x = layers.Rescaling(1 / 255, dtype=policy)(lr)  # [0, 1]
-    x = skip = prelu(name="head_prelu")(conv(64, 9, name="head_conv")(x))
+    x = layers.Rescaling(1 / 255, dtype="float32")(lr)  # [0, 1]
+    x = skip = prelu(name="head_prelu")(conv(64, 9, dtype="float32", name="head_conv")(x))
     for i in range(1, 17):
         y = conv(64, 3, name=f"block{i}_conv1")(x)
         y = prelu(name=f"block{i}_prelu")(norm(name=f"block{i}_norm1")(y))

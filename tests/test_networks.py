@@ -7,6 +7,7 @@ import tensorflow as tf
 
 import data
 import losses
+import main
 import model
 from conftest import make_picture
 
@@ -80,6 +81,16 @@ def test_bfloat16_computes_close_and_returns_float32(generator):
     sr = mixed(lr)
     assert sr.dtype == tf.float32 and {w.dtype for w in mixed.weights} == {"float32"}
     assert np.abs(sr - generator(lr)).mean() < 2  # grey levels
+
+
+def test_bfloat16_does_not_shift_colours():
+    """Training would learn to make up for it, and the weights be wrong in float32."""
+    exact, mixed = model.generator(), model.generator("bfloat16")
+    for network in (exact, mixed):
+        model.load_weights(network, main.WEIGHTS / "srresnet.weights.h5")
+    lr = data.read_rgb(main.WEIGHTS.parent / "input.jpg")[None].astype(np.float32)
+    shift = np.mean(mixed(lr) - exact(lr), axis=(0, 1, 2))
+    assert np.abs(shift).max() < 0.3  # grey levels
 
 
 def test_weights_survive_a_file(generator, tmp_path):

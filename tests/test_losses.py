@@ -34,11 +34,11 @@ def test_perceptual_loss():
 
 def test_colour_loss_sees_a_colour_and_a_grid_and_no_texture():
     hr = tf.fill((1, 8, 8, 3), 100.0)
-    assert float(losses.colour_loss(hr, hr + 12.75)) == pytest.approx(0.01 + 0.01)
+    assert float(losses.colour_loss(hr, hr + 12.75)) == pytest.approx(0.01 + 10 * 0.01)
     block = np.zeros((4, 4, 1))
     block[0, 0], block[2, 2] = 127.5, -127.5
     grid, texture = np.tile(block, (2, 2, 1)), np.block([[[block], [-block]], [[-block], [block]]])
-    assert float(losses.colour_loss(hr, hr + grid[None])) == pytest.approx(2 / 16)
+    assert float(losses.colour_loss(hr, hr + grid[None])) == pytest.approx(10 * 2 / 16)
     assert float(losses.colour_loss(hr, hr + texture[None])) == 0
 
 

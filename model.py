@@ -77,8 +77,8 @@ def generator(precision="float32"):
     like an interpolation (see `_start_as_interpolation`).
 
     The layers at both ends are computed in float32 at any `precision`. In bfloat16, whose 8 bits are fewer than a
-    colour's, the first shifts all colours by up to a grey level, and training makes up for that: then they are wrong
-    where the weights are used in float32.
+    colour's, the first shifts all colours by up to a grey level. Training makes up for that, and the weights that it
+    finds are then as far off in float32.
     """
     policy = _policy(precision)
     conv = partial(layers.Conv2D, padding="same", dtype=policy)

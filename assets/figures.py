@@ -1,9 +1,9 @@
-"""Make the README's figures in assets/: python3 assets/figures.py RUN_DIR [GAN_RUN_DIR]
+"""Make the README's figures in assets/: python3 assets/figures.py RUN_DIR [RUN_DIR ...]
 
-The curves and the moving picture are drawn from TensorBoard's logs of a run of main.py, RUN_DIR/logs/pretrain and
-RUN_DIR/logs/gan, or GAN_RUN_DIR/logs/gan if the GAN was trained in a folder of its own. The drawing of the networks is
-made from model.py, the comparison with the weights in weights/. The curves need matplotlib, which the program itself
-does not, so it is not in requirements.txt: pip install matplotlib
+The curves and the moving picture are drawn from TensorBoard's logs of runs of main.py, RUN_DIR/logs/pretrain and
+RUN_DIR/logs/gan. Several runs, each from the weights of the one before (--weights), are drawn end to end. The drawing of
+the networks is made from model.py, the comparison with the weights in weights/. The curves need matplotlib, which the
+program itself does not, so it is not in requirements.txt: pip install matplotlib
 """
 
 import argparse
@@ -183,14 +183,31 @@ def read(logs):
     return {tag: [(e.step, value(e.tensor_proto)) for e in events.Tensors(tag)] for tag in events.Tags()["tensors"]}
 
 
+def join(runs):
+    """The points of several runs as one, whose steps are counted on, and the steps at which the later ones began.
+
+    The crop is the first run's. Raises ValueError if another run watched another one.
+    """
+    points, starts, done = {}, [], 0
+    for run in runs:
+        if points:
+            starts.append(done)
+            if run["crop/HR"][0][1] != points["crop/HR"][0][1]:
+                raise ValueError("the runs watched different crops: they need the same pictures to validate on")
+        for tag, more in run.items():
+            points.setdefault(tag, []).extend((done + step, value) for step, value in more)
+        done = points["crop/SR"][-1][0]
+    return points, starts
+
+
 def smooth(values, window):
     """The moving average, over fewer values near both ends."""
     ones = np.ones(window)
     return np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
 
 
-def curve(path, points, title, label, scale="linear", best=False, guess=False):
-    """Draw the points of one scalar. The same points give the same file.
+def curve(path, points, starts, title, label, scale="linear", best=False, guess=False):
+    """Draw the points of one scalar, with a line where each later run began. The same points give the same file.
 
     A loss is of one batch: it is drawn faintly, and over it the average of a twentieth of its points. PSNR is always of the
     same pictures: with `best` it is drawn as it is, with its best. `guess` marks the loss of a discriminator that guesses.
@@ -202,6 +219,7 @@ def curve(path, points, title, label, scale="linear", best=False, guess=False):
     line, mark, grey = COLOURS["convolution"][1], COLOURS["dense"][1], COLOURS["picture"][1]
     steps, values = np.array(points).T
     few = slice(None, None, max(1, len(values) // 1000))  # the points of a million steps would be megabytes
+    paper = {"color": "white", "alpha": 0.8, "pad": 1}  # behind a text, over the curve
     settings = {"svg.hashsalt": "srgan", "font.size": 9, "axes.titlesize": 10.5, "axes.titleweight": "bold"}
     with matplotlib.rc_context(settings):
         figure = Figure((5, 3.125), layout="constrained")  # inches, 480x300 in a browser
@@ -217,7 +235,7 @@ def curve(path, points, title, label, scale="linear", best=False, guess=False):
             top = values.argmax()
             axes.plot(steps[top], values[top], "o", color=mark, markersize=5)
             text = f"best: {values[top]:.2f} dB, step {steps[top]:,.0f}"
-            axes.text(0.98, 0.05, text, transform=axes.transAxes, ha="right", color=mark)
+            axes.text(0.98, 0.05, text, transform=axes.transAxes, ha="right", color=mark, bbox=paper)
         else:
             axes.plot(steps[few], values[few], color=line, linewidth=0.8, alpha=0.35)
             window = min(len(values), max(9, len(values) // 20))
@@ -225,8 +243,9 @@ def curve(path, points, title, label, scale="linear", best=False, guess=False):
         if guess:
             axes.axhline(2 * np.log(2), color=grey, linewidth=1, linestyle="--")
             place = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "bottom"}
-            paper = {"color": "white", "alpha": 0.8, "pad": 1}  # behind the text, over the curve
             axes.text(0.99, 2.04 * np.log(2), "2 log 2: it guesses", color=grey, bbox=paper, **place)
+        for start in starts:
+            axes.axvline(start, color=grey, linewidth=1, linestyle=":")
         axes.xaxis.set_major_locator(ticker.MaxNLocator(6))
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_title(title, loc="left")
@@ -333,28 +352,28 @@ CURVES = {  # file: the phase, TensorBoard's tag, and what `curve` takes
 
 def main(argv=None, folder=ROOT / "assets"):
     parser = argparse.ArgumentParser(description="Make the README's figures in assets/.")
-    parser.add_argument("run", metavar="RUN_DIR", type=Path, help="the folder of a run of main.py")
-    parser.add_argument("gan_run", metavar="GAN_RUN_DIR", type=Path, nargs="?", help="that of the GAN, if it is another one")
+    parser.add_argument("runs", metavar="RUN_DIR", type=Path, nargs="+", help="folders of runs of main.py, in their order")
     args = parser.parse_args(argv)
-    runs = {"pretrain": args.run, "gan": args.gan_run or args.run}
-    for run in runs.values():
-        if not run.is_dir():
-            parser.exit(2, f"figures.py: there is no folder {run}\n")
+    for run in args.runs:
+        if not (run / "logs").is_dir():
+            parser.exit(2, f"figures.py: there is no folder {run / 'logs'}\n")
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         parser.exit(2, "figures.py: the curves need matplotlib: pip install matplotlib\n")
 
     start_tensorflow()
-    logs = {}
-    for phase, run in runs.items():
-        points = read(run / "logs" / phase)
+    logs, starts = {}, {}
+    for phase, name in NAMES.items():
         needed = {"crop/bicubic", "crop/SR", "crop/HR"} | {tag for of, tag, _ in CURVES.values() if of == phase}
-        if needed <= points.keys():
-            logs[phase] = points
-        else:
-            missing = ", ".join(sorted(needed - points.keys()))
-            print(f"Skipped {NAMES[phase]}'s curves and pictures: {run / 'logs' / phase} holds no {missing}")
+        whole = [points for run in args.runs if needed <= (points := read(run / "logs" / phase)).keys()]
+        if not whole:
+            print(f"Skipped {name}'s curves and pictures: no logs/{phase} holds {', '.join(sorted(needed))}")
+            continue
+        try:
+            logs[phase], starts[phase] = join(whole)
+        except ValueError as error:
+            parser.exit(2, f"figures.py: {error}\n")
 
     def make(name, draw, *args, **kwargs):
         draw(folder / name, *args, **kwargs)
@@ -362,7 +381,7 @@ def main(argv=None, folder=ROOT / "assets"):
 
     for name, (phase, tag, looks) in CURVES.items():
         if phase in logs:
-            make(name, curve, logs[phase][tag], **looks)
+            make(name, curve, logs[phase][tag], starts[phase], **looks)
     if logs:
         make("train_video.webp", video, logs)
     make("architecture.svg", architecture)

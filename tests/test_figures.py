@@ -14,9 +14,8 @@ CURVES = {"pretrain": ["PSNR.svg", "MSE_loss.svg"], "gan": ["perceptual_loss.svg
 SCALARS = {"pretrain": ["MSE Loss", "PSNR"], "gan": ["Perceptual Loss", "Discriminator Loss", "PSNR"]}
 
 
-def write_logs(run, phase, evaluations):
+def write_logs(run, phase, evaluations, picture=make_picture(0, 160, 152)):
     """TensorBoard's points of a phase, tagged as train.py tags them."""
-    picture = make_picture(0, 160, 152)
     with tf.summary.create_file_writer(str(run / "logs" / phase)).as_default():
         tf.summary.image("crop/HR", picture[None], step=0)
         tf.summary.image("crop/bicubic", picture[None] // 2, step=0)
@@ -55,6 +54,28 @@ def test_phases_of_two_runs_or_one_and_the_same_bytes_each_time(tmp_path, capsys
         assert (both / name).exists() and not (one / name).exists()
 
 
+def test_runs_end_to_end(tmp_path):
+    runs = [figures.read(write_logs(tmp_path / name, "gan", n) / "logs" / "gan") for name, n in (("a", 3), ("b", 4))]
+    points, starts = figures.join(runs)
+    assert starts == [20]
+    assert points["PSNR"] == [(0, 1), (10, 1 / 2), (20, pytest.approx(1 / 3))] + [
+        (step, pytest.approx(1 / (1 + i))) for i, step in enumerate((20, 30, 40, 50))
+    ]
+    assert [step for step, _ in points["crop/SR"]] == [0, 10, 20, 20, 30, 40, 50]
+    assert len({step for step, _ in runs[0]["crop/SR"]}) == 3  # the runs are as they were
+    assert figures.join(runs[:1]) == (runs[0], [])
+
+
+def test_runs_of_different_crops_are_one_line(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    write_logs(tmp_path / "a", "gan", 2), write_logs(tmp_path / "b", "gan", 2, make_picture(1, 160, 152))
+    with pytest.raises(SystemExit) as stop:
+        figures.main([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "different crops" in error and error.count("\n") == 1
+    assert not list(tmp_path.glob("*.*"))  # nothing half made
+
+
 def test_the_drawing_is_of_the_networks_as_they_are(tmp_path):
     figures.architecture(tmp_path / "architecture.svg")
     assert (tmp_path / "architecture.svg").read_bytes() == (figures.ROOT / "assets" / "architecture.svg").read_bytes()
@@ -62,6 +83,7 @@ def test_the_drawing_is_of_the_networks_as_they_are(tmp_path):
 
 def test_no_folder_and_no_matplotlib_are_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
+    (tmp_path / "logs").mkdir()
     for folder, says in ((tmp_path / "none", "no folder"), (tmp_path, "pip install matplotlib")):
         with pytest.raises(SystemExit) as stop:
             figures.main([str(folder)], tmp_path)

@@ -366,9 +366,15 @@ def main(argv=None, folder=ROOT / "assets"):
     logs, starts = {}, {}
     for phase, name in NAMES.items():
         needed = {"crop/bicubic", "crop/SR", "crop/HR"} | {tag for of, tag, _ in CURVES.values() if of == phase}
-        whole = [points for run in args.runs if needed <= (points := read(run / "logs" / phase)).keys()]
+        whole = []
+        for run in args.runs:
+            points = read(run / "logs" / phase)
+            if needed <= points.keys():
+                whole.append(points)
+            elif points:  # cut off early
+                print(f"Skipped {run / 'logs' / phase}: it holds no {', '.join(sorted(needed - points.keys()))}")
         if not whole:
-            print(f"Skipped {name}'s curves and pictures: no logs/{phase} holds {', '.join(sorted(needed))}")
+            print(f"Skipped {name}'s curves and pictures: there are no whole logs of it")
             continue
         try:
             logs[phase], starts[phase] = join(whole)

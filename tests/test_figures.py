@@ -41,13 +41,15 @@ def test_phases_of_two_runs_or_one_and_the_same_bytes_each_time(tmp_path, capsys
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(figures, "comparison", lambda path: None)  # it runs two whole generators, and is of no run
     pretrain, gan = write_logs(tmp_path / "a", "pretrain", 5), write_logs(tmp_path / "b", "gan", 3)
+    write_logs(tmp_path / "cut off", "gan", 0)
     both, one = tmp_path / "both", tmp_path / "one"
     both.mkdir()
     one.mkdir()
     assert figures.main([str(pretrain), str(gan)], both) == 0
     assert "Skipped" not in capsys.readouterr().out
-    assert figures.main([str(pretrain)], one) == 0
-    assert "Skipped SRGAN" in capsys.readouterr().out
+    assert figures.main([str(pretrain), str(tmp_path / "cut off")], one) == 0
+    said = capsys.readouterr().out
+    assert "Skipped SRGAN" in said and "gan: it holds no Discriminator Loss, Perceptual Loss, crop/SR" in said
     for name in CURVES["pretrain"]:
         assert (both / name).read_bytes() == (one / name).read_bytes()
     for name in CURVES["gan"]:
@@ -66,9 +68,10 @@ def test_runs_end_to_end(tmp_path):
     assert figures.join(runs[:1]) == (runs[0], [])
 
 
-def test_runs_of_different_crops_are_one_line(tmp_path, capsys, monkeypatch):
+def test_runs_of_different_crops_are_one_line(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    write_logs(tmp_path / "a", "gan", 2), write_logs(tmp_path / "b", "gan", 2, make_picture(1, 160, 152))
+    write_logs(tmp_path / "a", "gan", 2)
+    write_logs(tmp_path / "b", "gan", 2, make_picture(1, 160, 152))
     with pytest.raises(SystemExit) as stop:
         figures.main([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path)
     error = capsys.readouterr().err

@@ -101,7 +101,11 @@ def _decode(image, path):
         warnings.warn(f"{path} has {image.n_frames} frames: only the first is taken")
     with open(path, "rb") as file:
         png_16_bit = image.format == "PNG" and file.read(25)[24] == 16  # the bit depth
-    if image.format == "TIFF" and image.mode in ("L", "LA", "RGB", "RGBA", "CMYK") and max(image.tag_v2.get(258, (8,))) > 8:
+    if (
+        image.format == "TIFF"
+        and image.mode in ("L", "LA", "RGB", "RGBA", "CMYK")
+        and max(image.tag_v2.get(258, (8,))) > 8
+    ):
         warnings.warn(f"{path} has {max(image.tag_v2[258])}-bit colour, of which 8 are taken: give a PNG to keep 16")
 
     image.load()
@@ -424,7 +428,9 @@ def _fetch(root, name):
     given, part, url = root / f"{name}.zip", root / f"{name}.zip.part", f"{DIV2K_URL}{name}.zip"
     if given.exists():
         if _sha256(given) != sha256:
-            raise ValueError(f"{given} is not the published archive of {size} bytes, sha256 {sha256}: replace or remove it")
+            raise ValueError(
+                f"{given} is not the published archive of {size} bytes, sha256 {sha256}: replace or remove it"
+            )
         return given
     waits, most = iter(WAITS), 0
     while True:
@@ -522,7 +528,9 @@ def _check_room(folder, needed, what):
     """Raises OSError if fewer than `needed` bytes are free."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise OSError(f"{what} need {needed / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are free: make room first")
+        raise OSError(
+            f"{what} need {needed / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are free: make room first"
+        )
 
 
 # ------------------------------------------------------------------------------------- prepared pictures and patches
@@ -574,7 +582,9 @@ def load(data_dir=None):
 def _split(pictures, folder):
     """Keep 3 in a hundred for validation, 1 to 10. The names alone decide which, so that one more picture moves no other."""
     if len(pictures) < 2:
-        raise ValueError(f"{folder} needs at least 2 usable pictures, one of them for validation, and has {len(pictures)}")
+        raise ValueError(
+            f"{folder} needs at least 2 usable pictures, one of them for validation, and has {len(pictures)}"
+        )
     count = min(max(len(pictures) * PARTS_OF_A_HUNDRED // 100, 1), MOST_VALID)
     records = sorted(pictures.records, key=lambda record: hashlib.sha256(record[0].encode()).digest())
     return tuple(Pictures(pictures.pixels, sorted(some)) for some in (records[count:], records[:count]))
@@ -674,7 +684,9 @@ def patches(pictures, batch_size, first_step, last_step, seed, jpeg=None, part=0
     import tensorflow as tf
 
     if batch_size % parts or not 0 <= part < parts:
-        raise ValueError(f"a batch must divide equally between the workers, got {batch_size} patches for {parts} (part {part})")
+        raise ValueError(
+            f"a batch must divide equally between the workers, got {batch_size} patches for {parts} (part {part})"
+        )
     mine = range(batch_size // parts * part, batch_size // parts * (part + 1))
 
     @functools.lru_cache(2)  # a batch may end one epoch and begin the next
@@ -688,7 +700,9 @@ def patches(pictures, batch_size, first_step, last_step, seed, jpeg=None, part=0
         rng = np.random.default_rng([seed, 1, step])
         tops, lefts = rng.integers(0, pictures.sizes[chosen].T - LR_PATCH, endpoint=True)
         turns = rng.integers(0, 8, batch_size)
-        qualities = rng.integers(0, 2, batch_size) * rng.integers(*jpeg, batch_size, endpoint=True) if jpeg else 0 * turns
+        qualities = (
+            rng.integers(0, 2, batch_size) * rng.integers(*jpeg, batch_size, endpoint=True) if jpeg else 0 * turns
+        )
         lrs = np.empty((len(mine), LR_PATCH, LR_PATCH, 3), np.uint8)
         hrs = np.empty((len(mine), HR_PATCH, HR_PATCH, 3), np.uint8)
         for i, j in enumerate(mine):

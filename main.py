@@ -65,7 +65,13 @@ def make_parser():
     whole, above_zero = number(int, 1), number(float, 0, low_excluded=True)
     add = parser.add_argument_group("main flags").add_argument
     add("--STEPS", type=number(int, 0), default=2000, metavar="N", help="GAN training steps; 0: only pre-train")
-    add("--PREGENSTEPS", type=number(int, 0), default=2000, metavar="N", help="generator pre-training steps; 0: only the GAN")
+    add(
+        "--PREGENSTEPS",
+        type=number(int, 0),
+        default=2000,
+        metavar="N",
+        help="generator pre-training steps; 0: only the GAN",
+    )
     add("--BATCH_SIZE", type=whole, default=128, metavar="N", help="patches in a step, over all devices")
     add("--lr_pre_gen", type=above_zero, default=1e-4, metavar="RATE", help="learning rate of the pre-training")
     add("--lr_gen", type=above_zero, default=1e-4, metavar="RATE", help="learning rate of the GAN, both networks")
@@ -74,24 +80,63 @@ def make_parser():
     add = parser.add_argument_group("upscaling and scoring").add_argument
     add("--input", default="input.jpg", metavar="PATH", help="a picture, or a folder of pictures")
     add("--output", default="output.jpg", metavar="PATH", help="the picture to write, or a folder for the results")
-    add("--evaluate", metavar="DIR", help="score the weights beside bicubic on the HR pictures in DIR, or on HR/ and LR_x4/ below it")
+    add(
+        "--evaluate",
+        metavar="DIR",
+        help="score the weights beside bicubic on the HR pictures in DIR, or on HR/ and LR_x4/ below it",
+    )
     add("--json", metavar="FILE", help="with --evaluate: write the mean scores there too")
-    add("--weights", metavar="FILE", help="generator weights: weights/srgan.weights.h5 if not given; in training, the weights to start from")
+    add(
+        "--weights",
+        metavar="FILE",
+        help="generator weights: weights/srgan.weights.h5 if not given; in training, the weights to start from",
+    )
     add("--ensemble", action="store_true", help="average over the eight flips and turns: better, eight times slower")
     add("--blend", type=number(float, 0, 1), metavar="A", help="mix SRResNet (0) and SRGAN (1): fewer invented details")
 
     add = parser.add_argument_group("training").add_argument
-    add("--data_dir", metavar="DIR", help="photos of your own, train/ and valid/ below DIR or all in it, or a DIV2K; not given: DIV2K, downloaded on first use")
-    add("--run_dir", default="runs/srgan", metavar="DIR", help="checkpoints, TensorBoard logs and resulting weights; the same command continues a run")
+    add(
+        "--data_dir",
+        metavar="DIR",
+        help="photos of your own, train/ and valid/ below DIR or all in it, or a DIV2K; not given: DIV2K, downloaded on first use",
+    )
+    add(
+        "--run_dir",
+        default="runs/srgan",
+        metavar="DIR",
+        help="checkpoints, TensorBoard logs and resulting weights; the same command continues a run",
+    )
     add("--vgg_layer", default="block5_conv4", choices=VGG_LAYERS, help="VGG19 layer of the content loss")
     add("--vgg_weights", metavar="FILE", help="VGG19 weights; not given: Keras's download")
-    add("--lr_decay", default="paper", choices=("paper", "cosine", "none"), help="paper: constant, and a tenth for the second half of the GAN")
+    add(
+        "--lr_decay",
+        default="paper",
+        choices=("paper", "cosine", "none"),
+        help="paper: constant, and a tenth for the second half of the GAN",
+    )
     add("--precision", default="float32", choices=("float32", "bfloat16"), help="what the networks compute in")
-    add("--ema", type=number(float, 0, 0.99999), default=0, metavar="DECAY", help="average the generator's weights over the steps; 0: off")
-    add("--jpeg", type=quality_range, metavar="LOW-HIGH", help="compress a half of the LR patches as JPEGs of these qualities")
+    add(
+        "--ema",
+        type=number(float, 0, 0.99999),
+        default=0,
+        metavar="DECAY",
+        help="average the generator's weights over the steps; 0: off",
+    )
+    add(
+        "--jpeg",
+        type=quality_range,
+        metavar="LOW-HIGH",
+        help="compress a half of the LR patches as JPEGs of these qualities",
+    )
     add("--save_every", type=whole, default=100, metavar="N", help="steps between checkpoints; five minutes at most")
     add("--eval_every", type=whole, default=100, metavar="N", help="steps between validations")
-    add("--seed", type=number(int, 0, 2**31 - 1), default=0, metavar="N", help="of the starting weights and the order of the data")
+    add(
+        "--seed",
+        type=number(int, 0, 2**31 - 1),
+        default=0,
+        metavar="N",
+        help="of the starting weights and the order of the data",
+    )
     return parser
 
 
@@ -173,7 +218,9 @@ def folder_jobs(args):
     if target.suffix.lower() in data.PICTURES or (target.exists() and not target.is_dir()):
         raise ValueError(f"--input {source} is a folder: give a folder as --output, too")
     if target.exists() and target.samefile(source):
-        raise ValueError(f"--output {target} is --input itself, whose pictures are never overwritten: give another folder")
+        raise ValueError(
+            f"--output {target} is --input itself, whose pictures are never overwritten: give another folder"
+        )
     above = next(folder for folder in [target, *target.absolute().parents] if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise PermissionError(f"can't write into {target}: {above} is read-only, or no folder")
@@ -201,7 +248,10 @@ def check_training(args):
     if args.vgg_weights and args.STEPS:
         must_exist(args.vgg_weights, "VGG19 weights file", Path.is_file)
     if not args.PREGENSTEPS and not args.weights:
-        must_exist(Path(args.run_dir) / "srresnet.weights.h5", "SRResNet to start the GAN from (give --weights, or --PREGENSTEPS above 0)")
+        must_exist(
+            Path(args.run_dir) / "srresnet.weights.h5",
+            "SRResNet to start the GAN from (give --weights, or --PREGENSTEPS above 0)",
+        )
     check_continuing(args)
 
 
@@ -237,7 +287,9 @@ def show_warnings_in_one_line():
     from PIL import Image
     from tqdm import tqdm
 
-    warnings.showwarning = lambda message, *rest: tqdm.write(f"Warning: {' '.join(str(message).split())}", file=sys.stderr)
+    warnings.showwarning = lambda message, *rest: tqdm.write(
+        f"Warning: {' '.join(str(message).split())}", file=sys.stderr
+    )
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # who names a huge picture means it
 
 
@@ -274,7 +326,9 @@ def upscale_picture(upscaler, source, target):
         picture.pixels = data.spread_colours(picture.pixels, picture.alpha)
         picture.alpha = data.enlarge_alpha(picture.alpha)
     # shown when it takes more than a few seconds
-    with tqdm(total=height * width, unit="px", unit_scale=True, desc=source.name, leave=False, delay=3, disable=None) as bar:
+    with tqdm(
+        total=height * width, unit="px", unit_scale=True, desc=source.name, leave=False, delay=3, disable=None
+    ) as bar:
         picture.pixels = upscaler(picture.pixels, bar.update)
     data.write_picture(target, picture)
     return f"{target}: {data.SCALE * width}x{data.SCALE * height}"
@@ -301,7 +355,9 @@ def evaluate(args):
     means = np.mean(table, axis=0)
     row(f"mean of {len(table)}", means)
     if args.json:
-        scores = {name: {"psnr": float(psnr), "ssim": float(ssim)} for name, (psnr, ssim) in zip(("bicubic", "model"), means)}
+        scores = {
+            name: {"psnr": float(psnr), "ssim": float(ssim)} for name, (psnr, ssim) in zip(("bicubic", "model"), means)
+        }
         Path(args.json).write_text(json.dumps(scores, indent=2) + "\n")
     return 0
 

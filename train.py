@@ -61,7 +61,9 @@ def meet(step):
 
     for part in strategy.experimental_local_results(total()):
         if float(part) != step * strategy.num_replicas_in_sync:
-            raise ValueError("the workers see different checkpoints: --run_dir must be one folder that all of them share")
+            raise ValueError(
+                "the workers see different checkpoints: --run_dir must be one folder that all of them share"
+            )
 
 
 # --------------------------------------------------------------------------------------------------------- the steps
@@ -256,7 +258,9 @@ class Checkpoints:
             (new / "best.json").write_text(json.dumps([self.best, self.score]))
         except (OSError, tf.errors.OpError) as error:
             shutil.rmtree(new, ignore_errors=True)
-            raise OSError(f"can't write the checkpoint {path}, those before it are still good: {reason(error)}") from error
+            raise OSError(
+                f"can't write the checkpoint {path}, those before it are still good: {reason(error)}"
+            ) from error
         shutil.rmtree(path, ignore_errors=True)
         os.replace(new, path)
         for old in self.all()[KEEP:]:
@@ -439,7 +443,10 @@ def run_phase(name, step_function, steps, batches, checkpoints, validate, crop, 
     first, good = start + 1, start
     clock = saved = time.perf_counter()
     print(f"{name}: compiling the training step ...", flush=True)
-    with Interruption() as interruption, tqdm(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True) as bar:
+    with (
+        Interruption() as interruption,
+        tqdm(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True) as bar,
+    ):
         for step, (lr, hr) in enumerate(batches(start, steps), first):
             scalars = step_function(lr, hr)
             stopped = interruption.received
@@ -545,7 +552,9 @@ def train_both(args):
     code = 0
     if args.PREGENSTEPS:
         optimizer = make_optimizer(make_schedule(args.lr_decay, args.lr_pre_gen, args.PREGENSTEPS), generator, args.ema)
-        code = run("pretrain", args.PREGENSTEPS, make_pretrain_step(generator, optimizer), optimizer, args.seed, srresnet)
+        code = run(
+            "pretrain", args.PREGENSTEPS, make_pretrain_step(generator, optimizer), optimizer, args.seed, srresnet
+        )
         if code == 0:
             model.load_weights(generator, srresnet)  # the averaged ones, with --ema
     if args.STEPS and code == 0:

@@ -93,7 +93,9 @@ def draw_network(network, top):
             svg.append(f'<path d="M{left - gap:.1f} {middle}H{left - 1.5:.1f}" class="arrow"/>')
         if kind == "sum":
             svg.append(f'<circle cx="{x:.1f}" cy="{middle}" r="9" fill="#fff" stroke="#495057" stroke-width="1.3"/>')
-            svg.append(f'<path d="M{x - 5:.1f} {middle}h10M{x:.1f} {middle - 5}v10" stroke="#495057" stroke-width="1.3"/>')
+            svg.append(
+                f'<path d="M{x - 5:.1f} {middle}h10M{x:.1f} {middle - 5}v10" stroke="#495057" stroke-width="1.3"/>'
+            )
         else:
             fill, line = COLOURS[kind]
             svg.append(
@@ -352,7 +354,9 @@ CURVES = {  # file: the phase, TensorBoard's tag, and what `curve` takes
 
 def main(argv=None, folder=ROOT / "assets"):
     parser = argparse.ArgumentParser(description="Make the README's figures in assets/.")
-    parser.add_argument("runs", metavar="RUN_DIR", type=Path, nargs="+", help="folders of runs of main.py, in their order")
+    parser.add_argument(
+        "runs", metavar="RUN_DIR", type=Path, nargs="+", help="folders of runs of main.py, in their order"
+    )
     args = parser.parse_args(argv)
     for run in args.runs:
         if not (run / "logs").is_dir():

@@ -153,7 +153,10 @@ def rows(args):
 def run(args):
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         result = {"machine": pool.apply(machine), "batch size": args.BATCH_SIZE, "rows": []}
-        print(f"{result['machine']}; batches of {args.BATCH_SIZE}\n\n| | speed | peak memory | |\n|---|---|---|---|", flush=True)
+        print(
+            f"{result['machine']}; batches of {args.BATCH_SIZE}\n\n| | speed | peak memory | |\n|---|---|---|---|",
+            flush=True,
+        )
         for name, *call in rows(args):
             if args.only not in name:
                 continue
@@ -161,7 +164,10 @@ def run(args):
             result["rows"].append({"name": name, **row})
             speed, unit, memory = row.pop("speed"), row.pop("unit"), row.pop("memory (MB)")
             notes = "; ".join(f"{key} {value:.{2 if value < 1 else 0}f}" for key, value in row.items())
-            print(f"| {name} | {speed:,.{0 if speed > 100 else 2 if speed < 10 else 1}f} {unit} | {memory:,.0f} MB | {notes} |", flush=True)
+            print(
+                f"| {name} | {speed:,.{0 if speed > 100 else 2 if speed < 10 else 1}f} {unit} | {memory:,.0f} MB | {notes} |",
+                flush=True,
+            )
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
 

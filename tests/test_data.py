@@ -285,7 +285,9 @@ data.load(*sys.argv[4:])
 """
 
 
-@pytest.mark.parametrize("place, count", [("data.degrade", 1), ("data.degrade", 4), ("data.os.fsync", 1), ("data.os.replace", 1)])
+@pytest.mark.parametrize(
+    "place, count", [("data.degrade", 1), ("data.degrade", 4), ("data.os.fsync", 1), ("data.os.replace", 1)]
+)
 def test_killed_while_preparing(tmp_path, folder, place, count):
     photos = save(tmp_path / "photos", {f"{i}.png": noise(96, 100, i) for i in range(6)})
     process = run(KILL, place, count, photos)
@@ -366,7 +368,9 @@ def batches(*arguments, **keywords):
 
 
 def same(some, others):
-    return len(some) == len(others) and all((a == b).all() for one, other in zip(some, others) for a, b in zip(one, other))
+    return len(some) == len(others) and all(
+        (a == b).all() for one, other in zip(some, others) for a, b in zip(one, other)
+    )
 
 
 def test_importing_data_leaves_tensorflow_alone():
@@ -401,7 +405,9 @@ def test_workers_share_a_batch(pictures):
 
 def test_an_epoch_visits_each_picture_once(tmp_path):
     sizes = {"a.png": (96, 96), "b.png": (192, 200), "c.png": (96, 300), "d.png": (100, 100)}
-    pictures = data.prepare(save(tmp_path / "photos", {n: np.full((*size, 3), ord(n[0]), np.uint8) for n, size in sizes.items()}))
+    pictures = data.prepare(
+        save(tmp_path / "photos", {n: np.full((*size, 3), ord(n[0]), np.uint8) for n, size in sizes.items()})
+    )
     seen = np.concatenate([hr[:, 0, 0, 0] for _, hr in batches(pictures, 3, 0, 24, seed=0)])
     epochs = seen.reshape(18, 4)
     for epoch in epochs:
@@ -429,7 +435,9 @@ def test_patches_are_aligned_turned_in_all_ways_and_from_everywhere(pictures):
         assert top % 4 == left % 4 == 0
         crop = np.s_[top // 4 : top // 4 + 24, left // 4 : left // 4 + 24]
         # Both pictures begin alike, but degraded they differ near the edges of the small one.
-        assert any(np.array_equal(turned(lr, way), whole[crop]) for whole in by_size.values() if whole[crop].shape == lr.shape)
+        assert any(
+            np.array_equal(turned(lr, way), whole[crop]) for whole in by_size.values() if whole[crop].shape == lr.shape
+        )
         inner = np.abs(data.degrade(np.ascontiguousarray(turned(hr, way))).astype(int) - turned(lr, way))[4:-4, 4:-4]
         assert inner.max() == 0
         places.append((top, left, way))
@@ -596,7 +604,9 @@ def test_a_failing_server_is_tried_again(server, folder, behaviour, ranges):
         ("short file", 3, "instead of"),
     ],
 )
-def test_a_server_that_never_gets_better_is_one_clear_error_and_the_next_run_goes_on(server, folder, behaviour, tries, words):
+def test_a_server_that_never_gets_better_is_one_clear_error_and_the_next_run_goes_on(
+    server, folder, behaviour, tries, words
+):
     server.behaviour[:] = [behaviour] * 100
     with pytest.raises((OSError, ValueError), match=words) as error:
         data.load()
@@ -611,7 +621,9 @@ def test_a_server_that_never_gets_better_is_one_clear_error_and_the_next_run_goe
 def test_no_network_is_one_clear_error(server, folder, monkeypatch):
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as closed:
         monkeypatch.setattr(data, "DIV2K_URL", f"http://127.0.0.1:{closed.server_port}/")
-    with pytest.raises(OSError, match="cannot download .*refused.*put DIV2K_train_HR.zip and DIV2K_valid_HR.zip into .*DIV2K yourself"):
+    with pytest.raises(
+        OSError, match="cannot download .*refused.*put DIV2K_train_HR.zip and DIV2K_valid_HR.zip into .*DIV2K yourself"
+    ):
         data.load()
 
 

@@ -64,9 +64,13 @@ def test_vgg_features_are_the_networks_own(vgg_weights):
 def test_vgg_in_bfloat16_compares_in_float32(vgg_weights):
     """Its rounding is small beside the distances that the loss measures."""
     hr, sr = (make_picture(seed, 64, 64)[None].astype(np.float32) for seed in (0, 1))
-    exact, rounded = (losses.vgg_features("block2_conv2", vgg_weights, precision) for precision in ("float32", "bfloat16"))
+    exact, rounded = (
+        losses.vgg_features("block2_conv2", vgg_weights, precision) for precision in ("float32", "bfloat16")
+    )
     assert rounded(hr).dtype == tf.float32
-    assert 0 < float(losses.content_loss(exact(hr), rounded(hr))) < 1e-3 * float(losses.content_loss(exact(hr), exact(sr)))
+    assert (
+        0 < float(losses.content_loss(exact(hr), rounded(hr))) < 1e-3 * float(losses.content_loss(exact(hr), exact(sr)))
+    )
 
 
 def test_vgg_of_keras_own_file(vgg_weights, tmp_path):

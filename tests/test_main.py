@@ -31,7 +31,12 @@ def run(program, *argv, code=0):
     """Run main.py; fails on another exit code, or a traceback. Returns its output and error lines."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TF_")}
     done = subprocess.run(
-        [sys.executable, "main.py", *map(str, argv)], cwd=program, env=environment, capture_output=True, text=True, timeout=240
+        [sys.executable, "main.py", *map(str, argv)],
+        cwd=program,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
@@ -46,8 +51,16 @@ def test_help_is_quick_and_shows_the_known_flags_first(program):
     shown = re.findall(r"^  (--\w+)", out, re.MULTILINE)
     assert shown[:6] == ["--STEPS", "--PREGENSTEPS", "--BATCH_SIZE", "--lr_pre_gen", "--lr_gen", "--pretrained"]
     text = " ".join(out.split())
-    for flag, default in {"STEPS": 2000, "PREGENSTEPS": 2000, "BATCH_SIZE": 128, "lr_pre_gen": 0.0001, "lr_gen": 0.0001}.items():
-        assert re.search(rf"--{flag} \S+ [^-]*\(default: {default}\)", text.split("main flags:")[1].replace("pre-train", "")), flag
+    for flag, default in {
+        "STEPS": 2000,
+        "PREGENSTEPS": 2000,
+        "BATCH_SIZE": 128,
+        "lr_pre_gen": 0.0001,
+        "lr_gen": 0.0001,
+    }.items():
+        assert re.search(
+            rf"--{flag} \S+ [^-]*\(default: {default}\)", text.split("main flags:")[1].replace("pre-train", "")
+        ), flag
 
 
 @pytest.mark.parametrize(
@@ -92,11 +105,18 @@ def test_wrong_flag_is_one_line_and_exit_code_2(argv, message, capsys):
 
 
 def test_flags_reach_the_program():
-    args = main.parse("--STEPS 3 --PREGENSTEPS 4 --BATCH_SIZE 5 --lr_pre_gen 1e-3 --lr_gen 2e-4 --jpeg 75-90 --ema 0.9".split())
+    args = main.parse(
+        "--STEPS 3 --PREGENSTEPS 4 --BATCH_SIZE 5 --lr_pre_gen 1e-3 --lr_gen 2e-4 --jpeg 75-90 --ema 0.9".split()
+    )
     assert (args.STEPS, args.PREGENSTEPS, args.BATCH_SIZE, args.lr_pre_gen, args.lr_gen) == (3, 4, 5, 1e-3, 2e-4)
     assert args.jpeg == (75, 90) and args.ema == 0.9 and not args.pretrained
     defaults = main.parse([])
-    assert (defaults.vgg_layer, defaults.lr_decay, defaults.precision, defaults.seed) == ("block5_conv4", "paper", "float32", 0)
+    assert (defaults.vgg_layer, defaults.lr_decay, defaults.precision, defaults.seed) == (
+        "block5_conv4",
+        "paper",
+        "float32",
+        0,
+    )
 
 
 def test_train_both_phases_then_upscale(program, photos, vgg_weights, tmp_path):
@@ -116,7 +136,16 @@ def test_train_both_phases_then_upscale(program, photos, vgg_weights, tmp_path):
 
     hr = np.asarray(Image.open(photos / "valid" / "4.png"))
     Image.fromarray(hr[:20, :28]).save(tmp_path / "small.png")
-    run(program, "--pretrained", "--weights", weights, "--input", tmp_path / "small.png", "--output", tmp_path / "large.png")
+    run(
+        program,
+        "--pretrained",
+        "--weights",
+        weights,
+        "--input",
+        tmp_path / "small.png",
+        "--output",
+        tmp_path / "large.png",
+    )
     assert Image.open(tmp_path / "large.png").size == (112, 80)
 
 

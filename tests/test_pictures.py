@@ -50,11 +50,17 @@ KINDS = {  # name: (the file, its pixels as RGB or grey and perhaps alpha, or No
     "grey.png": (lambda: saved(Image.fromarray(GREY), "PNG"), GREY),
     "1bit.png": (lambda: saved(Image.fromarray(GREY > 128), "PNG"), np.uint8(GREY > 128) * 255),
     "rgba.png": (lambda: saved(Image.fromarray(RGBA), "PNG"), RGBA),
-    "la.png": (lambda: saved(Image.fromarray(RGBA).convert("LA"), "PNG"), np.asarray(Image.fromarray(RGBA).convert("LA"))),
+    "la.png": (
+        lambda: saved(Image.fromarray(RGBA).convert("LA"), "PNG"),
+        np.asarray(Image.fromarray(RGBA).convert("LA")),
+    ),
     "palette.png": (lambda: palette(False), np.asarray(Image.fromarray(RGB).quantize(50).convert("RGB"))),
     "transparent palette.png": (lambda: palette(True), None),
     "grey palette.png": (lambda: saved(Image.fromarray(GREY // 16 * 16).convert("P"), "PNG"), GREY // 16 * 16),
-    "transparent colour.png": (lambda: saved(Image.fromarray(RGB), "PNG", transparency=tuple(map(int, RGB[0, 0]))), None),
+    "transparent colour.png": (
+        lambda: saved(Image.fromarray(RGB), "PNG", transparency=tuple(map(int, RGB[0, 0]))),
+        None,
+    ),
     "16 bit.png": (lambda: png_16(RGB_16), RGB_16),
     "16 bit rgba.png": (lambda: png_16(RGB_16, RGB_16[..., 0]), np.dstack([RGB_16, RGB_16[..., 0]])),
     "16 bit grey.png": (lambda: png_16(RGB_16[..., 0]), RGB_16[..., 0]),
@@ -69,7 +75,15 @@ KINDS = {  # name: (the file, its pixels as RGB or grey and perhaps alpha, or No
     "tif": (lambda: saved(Image.fromarray(RGB), "TIFF", compression="tiff_lzw"), RGB),
     "rgba.tif": (lambda: saved(Image.fromarray(RGBA), "TIFF"), RGBA),
     "cmyk.tif": (lambda: saved(Image.fromarray(RGB).convert("CMYK"), "TIFF"), RGB),
-    "lab.tif": (lambda: saved(ImageCms.profileToProfile(Image.fromarray(RGB), ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"), "TIFF"), None),
+    "lab.tif": (
+        lambda: saved(
+            ImageCms.profileToProfile(
+                Image.fromarray(RGB), ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
+            ),
+            "TIFF",
+        ),
+        None,
+    ),
     "16 bit grey.tif": (lambda: saved(Image.fromarray(RGB_16[..., 0]), "TIFF"), RGB_16[..., 0]),
     "gif": (lambda: saved(Image.fromarray(GREY), "GIF"), GREY),
 }
@@ -136,7 +150,9 @@ def test_orientation(tmp_path, kind, orientation):
     if kind == "16 bit":
         with open(path, "wb") as file:
             data._write_png_16_bit(file, RGB_16, None, exif.tobytes(), None)
-        upright = ImageOps.exif_transpose(Image.open(io.BytesIO(saved(Image.fromarray(data.to_8_bit(RGB_16)), "PNG", exif=exif))))
+        upright = ImageOps.exif_transpose(
+            Image.open(io.BytesIO(saved(Image.fromarray(data.to_8_bit(RGB_16)), "PNG", exif=exif)))
+        )
     else:
         Image.fromarray(RGB).save(path, kind, exif=exif.tobytes())
         upright = ImageOps.exif_transpose(Image.open(path))

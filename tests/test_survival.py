@@ -24,7 +24,17 @@ def start(photos, tmp_path):
     processes = []
 
     def start(run_dir, flags, **environment):
-        command = [sys.executable, TINY, "--data_dir", photos, "--run_dir", run_dir, "--BATCH_SIZE", "4", *flags.split()]
+        command = [
+            sys.executable,
+            TINY,
+            "--data_dir",
+            photos,
+            "--run_dir",
+            run_dir,
+            "--BATCH_SIZE",
+            "4",
+            *flags.split(),
+        ]
         environment = {**os.environ, "TINY_FOLDER": str(tmp_path), **environment}
         output = open(run_dir.with_suffix(f".{len(processes)}.log"), "w+")
         processes.append(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, text=True))
@@ -106,7 +116,9 @@ def test_two_devices_train_like_one(start, tmp_path):
     finish(start(one, flags))
     assert "Training on 2 devices" in finish(start(two, flags, TINY_DEVICES="2"))
     nearly_same_result(two, one)
-    assert "--BATCH_SIZE 4 can't be shared equally by 3" in finish(start(tmp_path / "three", flags, TINY_DEVICES="3"), 1)
+    assert "--BATCH_SIZE 4 can't be shared equally by 3" in finish(
+        start(tmp_path / "three", flags, TINY_DEVICES="3"), 1
+    )
 
 
 def start_workers(start, run_dir, flags):
@@ -115,7 +127,8 @@ def start_workers(start, run_dir, flags):
             each.bind(("127.0.0.1", 0))
         cluster = {"worker": [f"127.0.0.1:{each.getsockname()[1]}" for each in (one, other)]}
     return [
-        start(run_dir, flags, TF_CONFIG=json.dumps({"cluster": cluster, "task": {"type": "worker", "index": i}})) for i in (0, 1)
+        start(run_dir, flags, TF_CONFIG=json.dumps({"cluster": cluster, "task": {"type": "worker", "index": i}}))
+        for i in (0, 1)
     ]
 
 

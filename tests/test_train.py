@@ -47,7 +47,9 @@ def test_gan_step_moves_both_networks_and_never_vgg():
     step = train.make_gan_step(generator, discriminator, vgg, *optimizers)
     before = [values(network) for network in (generator, discriminator, vgg)]
     scalars = step(*batch())
-    generator_kept, discriminator_kept, vgg_kept = (equal(b, values(n)) for b, n in zip(before, (generator, discriminator, vgg)))
+    generator_kept, discriminator_kept, vgg_kept = (
+        equal(b, values(n)) for b, n in zip(before, (generator, discriminator, vgg))
+    )
     assert all(vgg_kept) and not any(discriminator_kept) and not any(generator_kept)
     assert set(scalars) == {
         "Perceptual Loss", "Discriminator Loss", "Content Loss", "Adversarial Loss", "Colour Loss", "D(HR)", "D(SR)",
@@ -81,7 +83,9 @@ def test_gan_step_reports_the_papers_losses():
     assert float(scalars["Content Loss"]) == pytest.approx(content, rel=1e-4)
     assert float(scalars["Colour Loss"]) == pytest.approx(colour, rel=1e-4)
     assert float(scalars["Perceptual Loss"]) == pytest.approx(content + 1e-3 * adversarial + 10 * colour, rel=1e-4)
-    assert float(scalars["Discriminator Loss"]) == pytest.approx(float(losses.discriminator_loss(logits_hr, logits_sr)), rel=1e-4)
+    assert float(scalars["Discriminator Loss"]) == pytest.approx(
+        float(losses.discriminator_loss(logits_hr, logits_sr)), rel=1e-4
+    )
     assert float(scalars["D(HR)"]) == pytest.approx(float(tf.reduce_mean(tf.sigmoid(logits_hr))), rel=1e-4)
 
 
@@ -158,7 +162,9 @@ def same_result(run, other):
 
 @pytest.mark.parametrize("ema", ["0", "0.9"])
 @pytest.mark.parametrize("cut_off_after", [(3,), (7, 11), (12 + 3,), (5, 12 + 2, 12 + 7)])
-def test_a_run_that_was_cut_off_ends_like_one_that_was_not(tiny_networks, photos, tmp_path, monkeypatch, cut_off_after, ema):
+def test_a_run_that_was_cut_off_ends_like_one_that_was_not(
+    tiny_networks, photos, tmp_path, monkeypatch, cut_off_after, ema
+):
     """The process dies in the middle of a step; the same command, again, gives the same weights and curves."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert train.train(flags(photos, whole, "--ema", ema)) == 0
@@ -304,13 +310,17 @@ def test_a_checkpoint_is_never_written_with_a_number_that_is_not_finite(tiny_net
         return counted
 
     monkeypatch.setattr(train, "make_pretrain_step", breaking)
-    with pytest.raises(FloatingPointError, match="a weight is not finite between steps 9 and 10; last good.*pretrain-0000008"):
+    with pytest.raises(
+        FloatingPointError, match="a weight is not finite between steps 9 and 10; last good.*pretrain-0000008"
+    ):
         train.train(flags(photos, tmp_path))
     assert max(train.Checkpoints.step_of(path) for path in (tmp_path / "checkpoints").iterdir()) == 8
 
 
 @pytest.mark.parametrize("d_hr, warnings", [(0.99, 1), (0.9, 0)])
-def test_a_discriminator_that_has_won_is_named_once(tiny_networks, photos, tmp_path, monkeypatch, capsys, d_hr, warnings):
+def test_a_discriminator_that_has_won_is_named_once(
+    tiny_networks, photos, tmp_path, monkeypatch, capsys, d_hr, warnings
+):
     monkeypatch.setattr(train, "WON_AFTER", 2)
     names = ["Perceptual Loss", "Discriminator Loss", "Content Loss", "Adversarial Loss"]
     scalars = {**dict.fromkeys(names, 0.1), "D(HR)": d_hr, "D(SR)": 0.01}

@@ -62,7 +62,9 @@ def weights(tmp_path_factory):
 
 @functools.cache
 def compiled(network):
-    return tf.function(lambda x: network(x, training=False), input_signature=[tf.TensorSpec((1, None, None, 3), tf.float32)])
+    return tf.function(
+        lambda x: network(x, training=False), input_signature=[tf.TensorSpec((1, None, None, 3), tf.float32)]
+    )
 
 
 def whole(network, lr):
@@ -92,7 +94,9 @@ def test_tiles_own_every_pixel_once_and_keep_their_halo(halo):
             assert start + size == length or start + size - high >= halo
 
 
-@pytest.mark.parametrize("size, tiles", [((1, 1), (768, 128)), ((2, 50), (81, 7)), ((70, 101), (90, 24)), ((90, 60), (768, 40))])
+@pytest.mark.parametrize(
+    "size, tiles", [((1, 1), (768, 128)), ((2, 50), (81, 7)), ((70, 101), (90, 24)), ((90, 60), (768, 40))]
+)
 def test_tiles_are_exact(network, size, tiles):
     lr = make_picture(3)[: size[0], : size[1]]
     sr = model.make_upscaler(network, False, *tiles)(lr)
@@ -216,7 +220,14 @@ def test_a_folder_of_pictures(tmp_path, weights):
         f"main.py: {source / 'bad.png'} is not a picture",
         "main.py: 1 of 7 pictures failed",
     ]
-    assert sorted(path.name for path in target.iterdir()) == ["bmp.bmp", "gif.png", "jpg.jpg", "png.png", "tif.tif", "webp.webp"]
+    assert sorted(path.name for path in target.iterdir()) == [
+        "bmp.bmp",
+        "gif.png",
+        "jpg.jpg",
+        "png.png",
+        "tif.tif",
+        "webp.webp",
+    ]
     bicubic = data.bicubic(picture)
     for path in target.iterdir():
         sr = data.read_rgb(path)
@@ -391,7 +402,9 @@ def test_100_megapixels_in_bounded_memory(tmp_path, weights, mode):
     argv = ["--pretrained", "--input", "a.png", "--output", "b.png", "--weights", str(weights / "srgan.weights.h5")]
     code = "import main, resource, sys; code = main.main(sys.argv[1:]); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code, *argv], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *argv], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) * 1024 < 2.5e9
     Image.MAX_IMAGE_PIXELS = None

@@ -22,7 +22,9 @@ import train
 
 def generator(precision="float32"):
     lr = keras.Input((None, None, 3))
-    x = model.normalization(precision)(layers.Conv2D(48, 3, padding="same", use_bias=False)(layers.Rescaling(1 / 255)(lr)))
+    x = model.normalization(precision)(
+        layers.Conv2D(48, 3, padding="same", use_bias=False)(layers.Rescaling(1 / 255)(lr))
+    )
     return keras.Model(lr, layers.Rescaling(127.5, 127.5)(keras.ops.depth_to_space(x, 4)), name="generator")
 
 

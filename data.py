@@ -15,6 +15,7 @@ import os
 import shutil
 import struct
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -37,7 +38,7 @@ FOLDER = Path(__file__).resolve().parent / "data"  # DIV2K and the prepared pict
 
 # What the program takes from a folder. Pillow's name of each format that it writes, and the longest side there
 # (libjpeg stops a little before JPEG's own 65,535).
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 FORMATS = {
     ".png": ("PNG", 2**31 - 1),
     ".jpg": ("JPEG", 65_500),
@@ -47,6 +48,7 @@ FORMATS = {
     ".tif": ("TIFF", 2**31 - 1),
     ".tiff": ("TIFF", 2**31 - 1),
 }
+TEMPORARY = ".srgan-"  # how the names of unfinished files begin
 WITHOUT_ALPHA = {"JPEG", "BMP"}
 SAVE_OPTIONS = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95}}  # subsampling 0: chroma at 4:4:4
 
@@ -57,8 +59,29 @@ EXIF_ORIENTATION, EXIF_DETAILS, EXIF_GPS = 0x0112, 0x8769, 0x8825
 EXIF_WIDTH, EXIF_HEIGHT, EXIF_INTEROPERABILITY = 0xA002, 0xA003, 0xA005  # in EXIF_DETAILS
 
 
+@contextlib.contextmanager
+def atomic_write(path):
+    """Yield the name of a new file beside `path`, which takes its place at the end: written whole or not at all.
+
+    The file is created with a random name that nobody could have planted a link at. What killed processes left in the
+    folder more than an hour ago is removed.
+    """
+    path = Path(path)
+    for left in path.parent.glob(f"{TEMPORARY}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink()
+    handle, name = tempfile.mkstemp(path.name[-11:], TEMPORARY, path.parent)  # Keras wants the end .weights.h5
+    os.close(handle)
+    try:
+        yield Path(name)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
 @dataclasses.dataclass
-class Picture:
+class ImageData:
     """What is kept of a picture between reading and writing."""
 
     pixels: np.ndarray  # (h, w, 3) RGB or (h, w, 1) grey, uint8 or uint16
@@ -67,21 +90,21 @@ class Picture:
     icc: bytes | None = None
 
 
-def list_pictures(folder):
+def list_images(folder):
     """The pictures in `folder`, not below it, by name: a sorted list of paths."""
-    return sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in PICTURES and path.is_file())
+    return sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
 def read_rgb(path):
     """Any picture as upright RGB, `(h, w, 3)` uint8, without its alpha. Raises ValueError if it can't be read."""
-    pixels = read_picture(path).pixels
+    pixels = read_image(path).pixels
     if pixels.dtype == np.uint16:
         pixels = to_8_bit(pixels)
     return pixels if pixels.shape[2] == 3 else np.repeat(pixels, 3, axis=2)
 
 
-def read_picture(path):
-    """Any picture that Pillow can read, upright. Returns a `Picture`; grey stays grey and 16-bit stays 16-bit.
+def read_image(path):
+    """Any picture that Pillow can read, upright. Returns a `ImageData`; grey stays grey and 16-bit stays 16-bit.
 
     Warns (`warnings.warn`) where something is left behind: all but the first frame, depth beyond 8-bit in colour TIFF.
     Raises ValueError, in one line that names the file, if it is no picture, or damaged.
@@ -127,7 +150,7 @@ def _decode(image, path):
     channels = pixels.shape[2]
     alpha = np.ascontiguousarray(pixels[..., -1]) if channels in (2, 4) else None
     pixels = np.ascontiguousarray(pixels[..., :3] if channels >= 3 else pixels[..., :1])
-    return Picture(pixels, alpha, exif, icc)
+    return ImageData(pixels, alpha, exif, icc)
 
 
 def _plain(image, icc):
@@ -215,8 +238,8 @@ def check_output(path, width=0, height=0):
         raise OSError(f"can't write {path}: {free / 1e6:.0f} MB are free there, too little for {width}x{height} pixels")
 
 
-def write_picture(path, picture):
-    """Write a `Picture` in the format that the name's extension says, all of it or nothing.
+def write_image(path, picture):
+    """Write a `ImageData` in the format that the name's extension says, all of it or nothing.
 
     Goes to a temporary file beside `path`, which then takes its place. Warns where the format keeps less than the
     picture has: no alpha (it is flattened on white), 8 bits. Raises OSError or ValueError.
@@ -329,12 +352,12 @@ def scoring_pairs(folder):
     """
     folder = Path(folder)
     has_hr = (folder / "HR").is_dir()
-    hr_paths = list_pictures(folder / "HR" if has_hr else folder)
+    hr_paths = list_images(folder / "HR" if has_hr else folder)
     if not hr_paths:
         raise ValueError(f"no pictures in {folder / 'HR' if has_hr else folder}")
     if not (has_hr and (folder / "LR_x4").is_dir()):
         return [(path.stem, path, None) for path in hr_paths]
-    lr_paths = {path.stem.removesuffix("x4"): path for path in list_pictures(folder / "LR_x4")}
+    lr_paths = {path.stem.removesuffix("x4"): path for path in list_images(folder / "LR_x4")}
     for path in hr_paths:
         if path.stem not in lr_paths:
             raise ValueError(f"{path} has no LR picture of that name in {folder / 'LR_x4'}")
@@ -541,7 +564,7 @@ FORMAT = 1
 PARTS_OF_A_HUNDRED, MOST_VALID = 3, 10  # of a plain folder, for validation
 
 
-class Pictures:
+class PreparedImages:
     """Prepared pictures, memory-mapped: `pictures[i]` is `(lr, hr)`.
 
     `lr` is `(h, w, 3)` and `hr` `(4h, 4w, 3)`, uint8, read-only views of the file. `names` holds the file names and
@@ -565,7 +588,7 @@ class Pictures:
 
 
 def load(data_dir=None):
-    """The pictures to train on and to validate with: two `Pictures`, prepared on first use.
+    """The pictures to train on and to validate with: two `PreparedImages`, prepared on first use.
 
     `data_dir`: a folder with `train/` and `valid/`, or with `DIV2K_train_HR/` and `DIV2K_valid_HR/`, or just with
     pictures, of which a few, always the same, are kept for validation. None: DIV2K, downloaded on first use.
@@ -587,16 +610,16 @@ def _split(pictures, folder):
         )
     count = min(max(len(pictures) * PARTS_OF_A_HUNDRED // 100, 1), MOST_VALID)
     records = sorted(pictures.records, key=lambda record: hashlib.sha256(record[0].encode()).digest())
-    return tuple(Pictures(pictures.pixels, sorted(some)) for some in (records[count:], records[:count]))
+    return tuple(PreparedImages(pictures.pixels, sorted(some)) for some in (records[count:], records[:count]))
 
 
 def prepare(folder):
-    """The `Pictures` of a folder, decoded and degraded only if a name, size or time of its files has changed.
+    """The `PreparedImages` of a folder, decoded and degraded only if a name, size or time of its files has changed.
 
     Names each picture that cannot be used in one line on stderr. Raises ValueError if none can, OSError if there is
     no room for them.
     """
-    files = list_pictures(folder)
+    files = list_images(folder)
     made_from = [FORMAT, [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]]
     place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
     store = FOLDER / "prepared" / f"{folder.resolve().name}-{place}.pictures"
@@ -610,12 +633,12 @@ def prepare(folder):
     for reason in index["left_out"]:
         print(f"left out: {reason}", file=sys.stderr)
     if not index["pictures"]:
-        kinds = ", ".join(sorted(PICTURES))
+        kinds = ", ".join(sorted(SUFFIXES))
         raise ValueError(
             f"{folder} has no usable pictures, of {len(files)}: put some of at least {HR_PATCH}x{HR_PATCH} there ({kinds}), "
             "or into train/ and valid/ below it"
         )
-    return Pictures(pixels, index["pictures"])
+    return PreparedImages(pixels, index["pictures"])
 
 
 def _open_store(store, made_from):

@@ -195,8 +195,9 @@ def check_generating(args):
 
 def picture_job(args):
     """The file to read and the file to write: a list of one pair. Raises if the second can't be written."""
-    import data
     from PIL import Image
+
+    import data
 
     source, target = Path(args.input), Path(args.output)
     if target.exists() and target.samefile(source):
@@ -215,7 +216,7 @@ def folder_jobs(args):
     import data
 
     source, target = Path(args.input), Path(args.output)
-    if target.suffix.lower() in data.PICTURES or (target.exists() and not target.is_dir()):
+    if target.suffix.lower() in data.SUFFIXES or (target.exists() and not target.is_dir()):
         raise ValueError(f"--input {source} is a folder: give a folder as --output, too")
     if target.exists() and target.samefile(source):
         raise ValueError(
@@ -224,9 +225,9 @@ def folder_jobs(args):
     above = next(folder for folder in [target, *target.absolute().parents] if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise PermissionError(f"can't write into {target}: {above} is read-only, or no folder")
-    paths = data.list_pictures(source)
+    paths = data.list_images(source)
     if not paths:
-        raise ValueError(f"no pictures in {source}: it takes {' '.join(sorted(data.PICTURES))}")
+        raise ValueError(f"no pictures in {source}: it takes {' '.join(sorted(data.SUFFIXES))}")
     jobs, names = [], {path.name for path in paths}
     for path in paths:
         name = path.name
@@ -299,13 +300,13 @@ def upscale(args):
 
     upscaler = load_upscaler(args)
     if not Path(args.input).is_dir():
-        print(upscale_picture(upscaler, *args.jobs[0]))
+        print(upscale_image(upscaler, *args.jobs[0]))
         return 0
     Path(args.output).mkdir(parents=True, exist_ok=True)
     failed = 0
     for source, target in tqdm(args.jobs, unit="picture"):
         try:
-            upscale_picture(upscaler, source, target)
+            upscale_image(upscaler, source, target)
         except (OSError, ValueError, MemoryError) as error:
             tqdm.write(f"main.py: {' '.join(str(error).split()) or 'out of memory'}", file=sys.stderr)
             failed += 1
@@ -314,12 +315,13 @@ def upscale(args):
     return 1 if failed else 0
 
 
-def upscale_picture(upscaler, source, target):
+def upscale_image(upscaler, source, target):
     """From file to file. Returns what became of it, in a line. Raises ValueError or OSError."""
-    import data
     from tqdm import tqdm
 
-    picture = data.read_picture(source)
+    import data
+
+    picture = data.read_image(source)
     height, width, _ = picture.pixels.shape
     data.check_output(target, data.SCALE * width, data.SCALE * height)
     if picture.alpha is not None:
@@ -330,15 +332,16 @@ def upscale_picture(upscaler, source, target):
         total=height * width, unit="px", unit_scale=True, desc=source.name, leave=False, delay=3, disable=None
     ) as bar:
         picture.pixels = upscaler(picture.pixels, bar.update)
-    data.write_picture(target, picture)
+    data.write_image(target, picture)
     return f"{target}: {data.SCALE * width}x{data.SCALE * height}"
 
 
 def evaluate(args):
     """`--evaluate`: print PSNR and SSIM of bicubic and of the weights, picture by picture. Returns the exit code."""
+    import numpy as np
+
     import data
     import losses
-    import numpy as np
 
     upscaler = load_upscaler(args)
     print(f"{'':24}      bicubic          model")

@@ -210,12 +210,8 @@ def make_validation(generator, pairs, vgg=None):
 
 def save_weights(generator, path):
     """Write the file whole or not at all."""
-    temporary = path.with_name(f".new.{path.name}")
-    try:
+    with data.atomic_write(path) as temporary:
         generator.save_weights(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------- checkpoints and TensorBoard's logs

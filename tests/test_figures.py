@@ -5,10 +5,10 @@ import sys
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import make_picture
 from PIL import Image
 
 from assets import figures
-from conftest import make_picture
 
 CURVES = {"pretrain": ["PSNR.svg", "MSE_loss.svg"], "gan": ["perceptual_loss.svg", "discriminator_loss.svg"]}
 SCALARS = {"pretrain": ["MSE Loss", "PSNR"], "gan": ["Perceptual Loss", "Discriminator Loss", "PSNR"]}

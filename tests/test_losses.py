@@ -4,9 +4,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import make_picture
 
 import losses
-from conftest import make_picture
 
 
 def test_mse_is_on_the_range_of_minus_one_to_one():

@@ -4,12 +4,12 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import make_picture
 
 import data
 import losses
 import main
 import model
-from conftest import make_picture
 
 
 @pytest.fixture(scope="module")

@@ -99,7 +99,7 @@ def test_every_kind_into_every_format(tmp_path, kind, suffix):
     source.write_bytes(make())
     grey, deep, transparent = kind in GREY_KINDS, kind.startswith("16 bit"), kind in ALPHA_KINDS
 
-    picture = data.read_picture(source)
+    picture = data.read_image(source)
     assert picture.pixels.shape == (30, 40, 1 if grey else 3)
     assert picture.pixels.dtype == (np.uint16 if deep else np.uint8)
     assert (picture.alpha is not None) == transparent
@@ -111,13 +111,13 @@ def test_every_kind_into_every_format(tmp_path, kind, suffix):
 
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        main.upscale_picture(nearest, source, target)
+        main.upscale_image(nearest, source, target)
     told = " ".join(str(warning.message) for warning in told)
     stays_deep = deep and (suffix == "png" or (suffix == "tif" and grey and not transparent))
     assert ("16 bits" in told) == (deep and not stays_deep)
     assert ("on white" in told) == (transparent and suffix in ("jpg", "bmp"))
 
-    made = data.read_picture(target)
+    made = data.read_image(target)
     assert made.pixels.shape == (120, 160, 1 if grey and suffix != "webp" else 3)
     assert made.pixels.dtype == (np.uint16 if stays_deep else np.uint8)
     assert (made.alpha is not None) == (transparent and suffix not in ("jpg", "bmp"))
@@ -158,7 +158,7 @@ def test_orientation(tmp_path, kind, orientation):
         upright = ImageOps.exif_transpose(Image.open(path))
     assert np.array_equal(data.read_rgb(path), np.asarray(upright))
     assert data.read_rgb(path).shape == ((30, 40, 3) if orientation < 5 else (40, 30, 3))
-    main.upscale_picture(nearest, path, tmp_path / "b.jpg")
+    main.upscale_image(nearest, path, tmp_path / "b.jpg")
     with Image.open(tmp_path / "b.jpg") as image:
         assert image.getexif().get(data.EXIF_ORIENTATION, 1) == 1
         assert image.size == tuple(4 * side for side in upright.size)
@@ -177,7 +177,7 @@ def camera_exif():
 @pytest.mark.parametrize("target", ["jpg", "png", "webp", "tif"])
 def test_metadata_is_kept_and_corrected(tmp_path, source, target):
     Image.fromarray(RGB).save(tmp_path / f"a.{source}", exif=camera_exif().tobytes(), icc_profile=SRGB)
-    main.upscale_picture(nearest, tmp_path / f"a.{source}", tmp_path / f"b.{target}")
+    main.upscale_image(nearest, tmp_path / f"a.{source}", tmp_path / f"b.{target}")
     with Image.open(tmp_path / f"b.{target}") as image:
         assert image.size == (120, 160) and image.info["icc_profile"] == SRGB
         exif = image.getexif()
@@ -190,14 +190,14 @@ def test_metadata_is_kept_and_corrected(tmp_path, source, target):
 def test_metadata_of_16_bit_png(tmp_path):
     with open(tmp_path / "a.png", "wb") as file:
         data._write_png_16_bit(file, RGB_16, None, camera_exif().tobytes(), SRGB)
-    main.upscale_picture(nearest, tmp_path / "a.png", tmp_path / "b.png")
+    main.upscale_image(nearest, tmp_path / "a.png", tmp_path / "b.png")
     with Image.open(tmp_path / "b.png") as image:
         assert image.info["icc_profile"] == SRGB and image.getexif()[271] == "Maker" and image.size == (120, 160)
 
 
 def test_a_colour_profile_does_not_go_with_grey(tmp_path):
     Image.fromarray(GREY).save(tmp_path / "a.jpg", icc_profile=SRGB)
-    main.upscale_picture(nearest, tmp_path / "a.jpg", tmp_path / "b.png")
+    main.upscale_image(nearest, tmp_path / "a.jpg", tmp_path / "b.png")
     with Image.open(tmp_path / "b.png") as image:
         assert image.mode == "L" and "icc_profile" not in image.info
 
@@ -207,11 +207,11 @@ def test_damaged_or_too_much_exif_is_left_out(tmp_path):
     exif[270] = "x" * 70_000
     Image.fromarray(RGB).save(tmp_path / "a.png", exif=exif)
     with pytest.warns(UserWarning, match="left out"):
-        main.upscale_picture(nearest, tmp_path / "a.png", tmp_path / "b.jpg")
+        main.upscale_image(nearest, tmp_path / "a.png", tmp_path / "b.jpg")
     Image.fromarray(RGB).save(tmp_path / "c.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xffnonsense")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        main.upscale_picture(nearest, tmp_path / "c.jpg", tmp_path / "d.jpg")
+        main.upscale_image(nearest, tmp_path / "c.jpg", tmp_path / "d.jpg")
     assert data.read_rgb(tmp_path / "d.jpg").shape == (120, 160, 3)
 
 
@@ -234,11 +234,11 @@ def test_colours_under_transparency_do_not_bleed(tmp_path):
     spread = data.spread_colours(red, alpha)
     assert np.array_equal(spread, np.broadcast_to(np.uint8([200, 30, 30]), red.shape))
     Image.fromarray(np.dstack([red, alpha])).save(tmp_path / "a.png")
-    main.upscale_picture(lambda lr, progress: data.bicubic(lr), tmp_path / "a.png", tmp_path / "b.png")
-    made = data.read_picture(tmp_path / "b.png")
+    main.upscale_image(lambda lr, progress: data.bicubic(lr), tmp_path / "a.png", tmp_path / "b.png")
+    made = data.read_image(tmp_path / "b.png")
     assert np.abs(np.int32(made.pixels[made.alpha > 0]) - [200, 30, 30]).max() <= 1
     with pytest.warns(UserWarning, match="on white"):
-        main.upscale_picture(lambda lr, progress: data.bicubic(lr), tmp_path / "a.png", tmp_path / "b.bmp")
+        main.upscale_image(lambda lr, progress: data.bicubic(lr), tmp_path / "a.png", tmp_path / "b.bmp")
     assert data.read_rgb(tmp_path / "b.bmp")[0, 0].tolist() == [255, 255, 255]
     assert data.read_rgb(tmp_path / "b.bmp")[..., 0].min() >= 199
 
@@ -258,9 +258,9 @@ def test_truncated_pictures_are_one_line(tmp_path, suffix):
 def test_32_bit_and_missing_pictures_are_one_line(tmp_path):
     Image.fromarray(np.float32(GREY)).save(tmp_path / "a.tif")
     with pytest.raises(ValueError, match="a.tif.*32-bit"):
-        data.read_picture(tmp_path / "a.tif")
+        data.read_image(tmp_path / "a.tif")
     with pytest.raises(ValueError, match="b.tif: No such file"):
-        data.read_picture(tmp_path / "b.tif")
+        data.read_image(tmp_path / "b.tif")
 
 
 # -------------------------------------------------------------------------------------------- the old file or the new
@@ -273,13 +273,13 @@ def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path, suffix, dee
     path = tmp_path / f"a.{suffix}"
     path.write_bytes(b"old")
     pixels = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
-    picture = data.Picture(np.uint16(pixels) * 257 if deep else pixels)
+    picture = data.ImageData(np.uint16(pixels) * 257 if deep else pixels)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
     try:
         with warnings.catch_warnings(), pytest.raises(OSError) as error:
             warnings.simplefilter("ignore")
-            data.write_picture(path, picture)
+            data.write_image(path, picture)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert str(path) in str(error.value)
@@ -295,14 +295,14 @@ def test_interrupted_before_the_rename_leaves_the_old_one(tmp_path, monkeypatch)
 
     monkeypatch.setattr(os, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        data.write_picture(path, data.Picture(RGB))
+        data.write_image(path, data.ImageData(RGB))
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a.png"]
 
 
 def test_writing_through_a_link_does_not_touch_what_it_points_to(tmp_path):
     (tmp_path / "precious.png").write_bytes(b"precious")
     (tmp_path / "a.png").symlink_to("precious.png")
-    data.write_picture(tmp_path / "a.png", data.Picture(RGB))
+    data.write_image(tmp_path / "a.png", data.ImageData(RGB))
     assert (tmp_path / "precious.png").read_bytes() == b"precious"
     assert np.array_equal(data.read_rgb(tmp_path / "a.png"), RGB)
 
@@ -311,9 +311,9 @@ def test_writing_through_a_link_does_not_touch_what_it_points_to(tmp_path):
 def test_the_longest_sides_are_what_the_formats_hold(tmp_path, suffix):
     kind, longest = data.FORMATS[suffix]
     if longest < 10**6:
-        data.write_picture(tmp_path / f"a{suffix}", data.Picture(np.zeros((1, longest, 1), np.uint8)))
+        data.write_image(tmp_path / f"a{suffix}", data.ImageData(np.zeros((1, longest, 1), np.uint8)))
         with pytest.raises((OSError, ValueError)):
-            data.write_picture(tmp_path / f"a{suffix}", data.Picture(np.zeros((1, longest + 1, 1), np.uint8)))
+            data.write_image(tmp_path / f"a{suffix}", data.ImageData(np.zeros((1, longest + 1, 1), np.uint8)))
     data.check_output(tmp_path / f"a{suffix}", longest if longest < 10**6 else 70_000, 1)
     with pytest.raises(ValueError, match="more than the"):
         data.check_output(tmp_path / f"a{suffix}", longest + 1, 1)

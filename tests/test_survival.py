@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from test_train import same_result, weights
 
 TINY = Path(__file__).with_name("tiny.py")

@@ -1,6 +1,5 @@
 """Training: what a step moves, and a run that is cut off and goes on."""
 
-import argparse
 import os
 import signal
 
@@ -8,14 +7,14 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+import tiny
+from conftest import make_picture
 
 import data
 import losses
 import main
 import model
-import tiny
 import train
-from conftest import make_picture
 
 
 @pytest.fixture

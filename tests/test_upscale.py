@@ -381,8 +381,8 @@ def test_scores_agree_with_the_independent_tool(tmp_path, weights):
     scores = json.loads((tmp_path / "s.json").read_text())
     upscaler = main.load_upscaler(args)
     (tmp_path / "sr").mkdir()
-    for path in data.list_pictures(folder / "LR_x4"):
-        main.upscale_picture(upscaler, path, tmp_path / "sr" / path.name)
+    for path in data.list_images(folder / "LR_x4"):
+        main.upscale_image(upscaler, path, tmp_path / "sr" / path.name)
     for name, argv in {"bicubic": ["--bicubic", folder / "LR_x4"], "model": [tmp_path / "sr"]}.items():
         tool = [sys.executable, SHARED / "tools" / "score.py", *map(str, argv), str(folder / "HR"), "--json"]
         theirs = json.loads(subprocess.run(tool, capture_output=True, text=True, check=True).stdout)

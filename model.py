@@ -63,8 +63,11 @@ class ShufflePReLUConv(layers.Layer):
 
     def call(self, x):
         x = _prelu(x, tf.tile(self.alpha, [4]))
-        places = [tf.pad(self.kernel, [[i, 1 - i], [j, 1 - j], [0, 0], [0, 0]]) for i in (0, 1) for j in (0, 1)]
-        kernel = tf.reshape(tf.stack(places, axis=3), (5, 2, 5, 2, 64, 12))  # tap, its 2x2 block; in, 2x2 block and out
+        # Rows, then columns: padded in four ways at once, the kernel's gradient would be a sum of four, whose order
+        # depends on timing (see train.compiled).
+        kernel = tf.stack([tf.pad(self.kernel, [[i, 1 - i], [0, 0], [0, 0], [0, 0]]) for i in (0, 1)], axis=3)
+        kernel = tf.stack([tf.pad(kernel, [[0, 0], [j, 1 - j], [0, 0], [0, 0], [0, 0]]) for j in (0, 1)], axis=4)
+        kernel = tf.reshape(kernel, (5, 2, 5, 2, 64, 12))  # tap, its 2x2 block; in, 2x2 block and out
         kernel = tf.reshape(tf.transpose(kernel, (0, 2, 1, 3, 4, 5)), (5, 5, 256, 12))
         return tf.nn.depth_to_space(tf.nn.conv2d(x, kernel, 1, "SAME") + tf.tile(self.bias, [4]), 2)
 
@@ -87,7 +90,8 @@ def generator(precision="float32"):
 
     lr = keras.Input((None, None, 3), name="lr")
     x = layers.Rescaling(1 / 255, dtype="float32")(lr)  # [0, 1]
-    x = skip = prelu(name="head_prelu")(conv(64, 9, dtype="float32", name="head_conv")(x))
+    skip = prelu(name="head_prelu")(conv(64, 9, dtype="float32", name="head_conv")(x))
+    x = keras.ops.copy(skip)  # so that no gradient is a sum over three uses (see train.compiled)
     for i in range(1, 17):
         y = conv(64, 3, name=f"block{i}_conv1")(x)
         y = prelu(name=f"block{i}_prelu")(norm(name=f"block{i}_norm1")(y))

@@ -74,6 +74,9 @@ def compiled(step, xla=None):
 
     `xla=None`: on one GPU. XLA doesn't go with tf.distribute, and on a CPU oneDNN's kernels in a plain graph are faster.
     """
+    # A gradient is a sum over the uses of a tensor. TensorFlow adds three or more in an order that depends on timing, and
+    # its arithmetic optimizer merges nested sums of two into such a sum: without it, equal runs end in equal bits.
+    tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
     if xla is None:
         xla = bool(tf.config.list_physical_devices("GPU"))
 
@@ -120,12 +123,13 @@ def make_gan_step(generator, discriminator, vgg, optimizer, discriminator_optimi
         features_hr = vgg(hr, training=False)
         with tf.GradientTape() as generator_tape, tf.GradientTape() as discriminator_tape:
             sr = generator(lr, training=True)
+            sr_again = tf.identity(sr)  # so that no gradient is a sum over three uses (see `compiled`)
             logits_hr = discriminator(hr, training=True)
-            logits_sr = discriminator(sr, training=True)
+            logits_sr = discriminator(sr_again, training=True)
             # The generator: pictures whose VGG features are those of the original, and that pass for real ones.
             content = losses.content_loss(features_hr, vgg(sr, training=False))
             adversarial = losses.adversarial_loss(logits_sr)
-            colour = losses.colour_loss(hr, sr)
+            colour = losses.colour_loss(hr, sr_again)
             perceptual = losses.perceptual_loss(content, adversarial, colour)
             # The discriminator: real and generated pictures told apart.
             discrimination = losses.discriminator_loss(logits_hr, logits_sr)

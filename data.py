@@ -577,6 +577,10 @@ class PreparedImages:
         self.names = [record[0] for record in records]
         self.sizes = np.array([record[1:3] for record in records], int).reshape(-1, 2)
 
+    @property
+    def fingerprint(self):
+        return hashlib.sha256(json.dumps(self.records).encode()).hexdigest()
+
     def __len__(self):
         return len(self.records)
 

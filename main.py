@@ -402,7 +402,12 @@ def main(argv=None):
             return evaluate(args)
         import train
 
-        return train.train(args)
+        try:
+            train.train(args)
+        except train.Interrupted as stop:
+            print(stop)
+            return stop.exit_code
+        return 0
     except KeyboardInterrupt:
         return 130
     except (OSError, ValueError, ArithmeticError, MemoryError) as error:

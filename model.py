@@ -176,6 +176,15 @@ def discriminator(precision="float32"):
     return keras.Model(hr, logit, name="discriminator")
 
 
+def measure_statistics(network, batches):
+    """Set the statistics of the normalisation layers to their means over `batches`, a list of inputs."""
+    normalizations = [layer for layer in network.layers if isinstance(layer, layers.BatchNormalization)]
+    for i, batch in enumerate(batches):
+        for layer in normalizations:
+            layer.momentum = i / (i + 1)  # the mean of all batches so far
+        network(batch, training=True)
+
+
 # ------------------------------------------------------------------------------------------------- weights from files
 
 

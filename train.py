@@ -1,18 +1,18 @@
 """Training: SRResNet with MSE, then SRGAN with the perceptual loss (Ledig et al. 2017, section 3.2).
 
-Two compiled steps, one loop for both, validation, checkpoints and TensorBoard.
+From top to bottom: the devices, the two training steps, validation and weights, checkpoints and logs, and the loop.
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
 import shutil
 import signal
-import socket
 import sys
-import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import keras
@@ -25,19 +25,31 @@ import losses
 import model
 
 LOG_EVERY = 10  # steps between TensorBoard's points: reading a loss waits for the device
-KEEP = 2  # newest checkpoints of a phase, beside the best
-SAVE_AFTER = 300  # seconds between checkpoints at most, where --save_every steps take longer
+KEEP = 2  # newest checkpoints of a phase
+SAVE_AFTER = 300  # at most this many seconds between checkpoints, however long --save_every steps take
 WON_AFTER = 50  # points of D(HR) near 1 and D(SR) near 0 before the warning
-VALID_PICTURES, VALID_SIZE = 10, 384  # validation looks at the middle of the first few pictures: seconds, also on a CPU
+VALID_IMAGES, VALID_SIZE = 10, 384  # validation takes the middle of the first few images: seconds, also on a CPU
+
+
+class Interrupted(Exception):
+    """A signal stopped the run, and a checkpoint was saved. `exit_code` is 128 plus the signal's number."""
+
+    def __init__(self, number: int, checkpoint: Path):
+        super().__init__(f"Interrupted and saved: the same command continues from {checkpoint}")
+        self.exit_code = 128 + number
+
 
 # ------------------------------------------------------------------------------------------------------- the devices
 
 
-def make_strategy():
+def make_strategy() -> tf.distribute.Strategy:
     """All GPUs of this machine, or of all machines that TF_CONFIG names; else one device. Raises ValueError."""
-    if os.environ.get("TF_CONFIG"):
-        print("Waiting for the workers that TF_CONFIG names ...", flush=True)
+    if config := os.environ.get("TF_CONFIG"):
         try:
+            workers = [address for job in json.loads(config)["cluster"].values() for address in job]
+            print(f"Waiting for all workers of TF_CONFIG: {', '.join(workers)}", flush=True)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_DFL)  # Python's handlers would not run while TensorFlow waits
             return tf.distribute.MultiWorkerMirroredStrategy()
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"TF_CONFIG doesn't name the workers and which of them this is: {error}") from error
@@ -46,13 +58,13 @@ def make_strategy():
     return tf.distribute.get_strategy()
 
 
-def is_chief():
-    """Whether this process writes and validates: of several workers one does."""
+def is_chief() -> bool:
+    """Whether this process writes and validates: of several workers, one does."""
     return tf.distribute.get_strategy().extended.should_checkpoint
 
 
-def meet(step):
-    """Wait for the other workers. Raises ValueError if they don't come with the same `step`."""
+def check_same_step(step: int):
+    """Wait for the other workers. Raises ValueError if one of them is at another step."""
     strategy = tf.distribute.get_strategy()
 
     @tf.function
@@ -61,59 +73,56 @@ def meet(step):
 
     for part in strategy.experimental_local_results(total()):
         if float(part) != step * strategy.num_replicas_in_sync:
-            raise ValueError(
-                "the workers see different checkpoints: --run_dir must be one folder that all of them share"
-            )
+            raise ValueError("the workers see different checkpoints: --run_dir must be a folder that all of them share")
 
 
 # --------------------------------------------------------------------------------------------------------- the steps
 
 
-def compiled(step, xla=None):
+def compiled(step: Callable, xla: bool | None = None) -> Callable:
     """Compile `step(lr, hr) -> dict of scalars` into one function of a uint8 batch, on all devices.
 
-    `xla=None`: on one GPU. XLA doesn't go with tf.distribute, and on a CPU oneDNN's kernels in a plain graph are faster.
+    `xla=None`: on one GPU. XLA doesn't work with tf.distribute, and on a CPU oneDNN's kernels in a plain graph are
+    faster.
     """
-    # A gradient is a sum over the uses of a tensor. TensorFlow adds three or more in an order that depends on timing, and
-    # its arithmetic optimizer merges nested sums of two into such a sum: without it, equal runs end in equal bits.
-    tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
     if xla is None:
         xla = bool(tf.config.list_physical_devices("GPU"))
+    # A gradient is a sum over the uses of a tensor. TensorFlow adds three or more terms in an order that depends on
+    # timing, and its arithmetic optimizer merges nested sums of two into one of three. Without it, where no tensor is
+    # used more than twice, equal runs end with equal bits.
+    tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
+
+    strategy = tf.distribute.get_strategy()
 
     def cast(lr, hr):
         return step(tf.cast(lr, tf.float32), tf.cast(hr, tf.float32))
 
-    if not tf.distribute.has_strategy():
-        return tf.function(cast, jit_compile=xla)
-    strategy = tf.distribute.get_strategy()
-
-    @tf.function
     def everywhere(lr, hr):
         scalars = strategy.run(cast, (lr, hr))
         return {name: strategy.reduce("MEAN", value, axis=None) for name, value in scalars.items()}
 
-    return everywhere
+    return tf.function(everywhere, jit_compile=xla and not tf.distribute.has_strategy())
 
 
-def descend(optimizer, tape, loss, network):
-    """Update `network`. Over several devices `apply` adds up the gradients, so each brings its share of the mean."""
+def update(network, optimizer, tape, loss):
+    """Take one optimizer step. `apply` sums gradients over devices, so each contributes its share of the mean."""
     share = tf.constant(1 / tf.distribute.get_strategy().num_replicas_in_sync)
     optimizer.apply(tape.gradient(loss, network.trainable_variables, share), network.trainable_variables)
 
 
-def make_pretrain_step(generator, optimizer):
+def make_pretrain_step(generator, optimizer) -> Callable:
     """One step of SRResNet on the MSE (equation 4). Returns the compiled `step(lr, hr) -> {"MSE Loss": scalar}`."""
 
     def step(lr, hr):  # (batch, 24, 24, 3), (batch, 96, 96, 3)
         with tf.GradientTape() as tape:
             loss = losses.mse_loss(hr, generator(lr, training=True))
-        descend(optimizer, tape, loss, generator)
+        update(generator, optimizer, tape, loss)
         return {"MSE Loss": loss}
 
     return compiled(step)
 
 
-def make_gan_step(generator, discriminator, vgg, optimizer, discriminator_optimizer):
+def make_gan_step(generator, discriminator, vgg, optimizer, discriminator_optimizer) -> Callable:
     """One step of both networks of SRGAN (equations 2 and 3), with one forward pass of each.
 
     Returns the compiled `step(lr, hr)`, whose scalars are the losses and the mean probabilities D(HR) and D(SR).
@@ -123,18 +132,18 @@ def make_gan_step(generator, discriminator, vgg, optimizer, discriminator_optimi
         features_hr = vgg(hr, training=False)
         with tf.GradientTape() as generator_tape, tf.GradientTape() as discriminator_tape:
             sr = generator(lr, training=True)
-            sr_again = tf.identity(sr)  # so that no gradient is a sum over three uses (see `compiled`)
+            same_sr = tf.identity(sr)  # two uses each, not one of three: see `compiled`
             logits_hr = discriminator(hr, training=True)
-            logits_sr = discriminator(sr_again, training=True)
-            # The generator: pictures whose VGG features are those of the original, and that pass for real ones.
+            logits_sr = discriminator(same_sr, training=True)
+            # The generator's images should have the original's VGG features and colours, and pass for real ones.
             content = losses.content_loss(features_hr, vgg(sr, training=False))
             adversarial = losses.adversarial_loss(logits_sr)
-            colour = losses.colour_loss(hr, sr_again)
+            colour = losses.colour_loss(hr, same_sr)
             perceptual = losses.perceptual_loss(content, adversarial, colour)
-            # The discriminator: real and generated pictures told apart.
+            # The discriminator should tell real images from generated ones.
             discrimination = losses.discriminator_loss(logits_hr, logits_sr)
-        descend(optimizer, generator_tape, perceptual, generator)
-        descend(discriminator_optimizer, discriminator_tape, discrimination, discriminator)
+        update(generator, optimizer, generator_tape, perceptual)
+        update(discriminator, discriminator_optimizer, discriminator_tape, discrimination)
         return {
             "Perceptual Loss": perceptual,
             "Discriminator Loss": discrimination,
@@ -148,15 +157,19 @@ def make_gan_step(generator, discriminator, vgg, optimizer, discriminator_optimi
     return compiled(step)
 
 
-def make_schedule(name, learning_rate, steps, drop=False):
-    """The learning rate over the steps. `drop` marks the GAN, where the paper goes on with a tenth after one half."""
+def make_schedule(name: str, learning_rate: float, steps: int, drop: bool = False):
+    """The learning rate over the steps. `drop` marks the GAN, whose second half the paper trains at a tenth.
+
+    A constant rate is a schedule, too: a number would be restored with a checkpoint, and a new rate be ignored.
+    """
     if name == "cosine":
         return keras.optimizers.schedules.CosineDecay(learning_rate, max(1, steps))
     second = learning_rate / 10 if name == "paper" and drop else learning_rate
     return keras.optimizers.schedules.PiecewiseConstantDecay([max(1, steps // 2)], [learning_rate, second])
 
 
-def make_optimizer(schedule, network, ema=0.0):
+def make_optimizer(schedule, network, ema: float = 0.0):
+    """Adam as in the paper; with `ema`, it also averages the weights over the steps."""
     optimizer = keras.optimizers.Adam(schedule, beta_1=0.9, use_ema=ema > 0, ema_momentum=ema or 0.99)
     optimizer.build(network.trainable_variables)
     return optimizer
@@ -165,35 +178,45 @@ def make_optimizer(schedule, network, ema=0.0):
 # -------------------------------------------------------------------------------------------- validation and weights
 
 
-@contextlib.contextmanager
-def averaged_weights(generator, optimizer):
-    """Inside, `generator` has the averages of its weights (--ema), if `optimizer` keeps any."""
-    if not optimizer.use_ema or not optimizer.iterations.numpy():
-        yield
-        return
-    raw = [variable.numpy() for variable in generator.trainable_variables]
-    optimizer.finalize_variable_values(generator.trainable_variables)
-    try:
-        yield
-    finally:
-        for variable, value in zip(generator.trainable_variables, raw):
-            variable.assign(value)
+def make_averaging(generator, optimizer, images, args) -> Callable:
+    """Returns `average()`, a generator with the averages of the weights over the steps so far (--ema).
+
+    Normalisation statistics belong to the weights that they were measured with, so the averages get their own, the
+    mean over 16 batches of 16 LR patches. Without --ema, `average` returns `generator`.
+    """
+    if not args.ema:
+        return lambda: generator
+    averaged = model.generator(args.precision)
+    lrs = [lr for lr, _ in data.patches(images, 16, 0, 16, args.seed, args.jpeg)]
+
+    def average():
+        averaged.set_weights(generator.get_weights())
+        if optimizer.iterations.numpy():
+            optimizer.finalize_variable_values(averaged.trainable_variables)
+            model.measure_statistics(averaged, lrs)
+        return averaged
+
+    return average
 
 
-def validation_pairs(pictures):
-    """The middle of the first pictures as `(lr, hr)`: whole small ones, at most 384x384 of large ones."""
+def validation_pairs(images) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The middle of the first images as `(lr, hr)`: small images whole, at most 384x384 of large ones."""
     pairs = []
-    for i in range(min(len(pictures), VALID_PICTURES)):
-        lr, hr = pictures[i]
-        size = [min(n, VALID_SIZE // 4) for n in lr.shape[:2]]
-        top, left = ((n - s) // 2 for n, s in zip(lr.shape, size))
-        y, x = np.s_[top : top + size[0]], np.s_[left : left + size[1]]
-        pairs.append((np.array(lr[y, x]), np.array(hr[4 * y.start : 4 * y.stop, 4 * x.start : 4 * x.stop])))
+    for i in range(min(len(images), VALID_IMAGES)):
+        lr, hr = images[i]
+        height, width = (min(side, VALID_SIZE // data.SCALE) for side in lr.shape[:2])
+        top, left = (lr.shape[0] - height) // 2, (lr.shape[1] - width) // 2
+        hr = hr[data.SCALE * top :, data.SCALE * left :][: data.SCALE * height, : data.SCALE * width]
+        pairs.append((np.array(lr[top : top + height, left : left + width]), np.array(hr)))
     return pairs
 
 
-def make_validation(generator, pairs, vgg=None):
-    """Returns `validate() -> (scalars, first picture's SR)`: the mean PSNR in dB and, with `vgg`, the mean content loss."""
+def make_validation(average, pairs, vgg=None) -> Callable:
+    """Returns `validate() -> (scalars, first SR)` of the generator that `average` returns, always the same one.
+
+    The scalars are the mean PSNR in dB and, with `vgg`, the mean content loss.
+    """
+    generator = average()
 
     @tf.function(input_signature=[tf.TensorSpec((1, None, None, 3), tf.uint8)] * 2)
     def compare(lr, hr):
@@ -202,368 +225,343 @@ def make_validation(generator, pairs, vgg=None):
         return tf.cast(sr[0], tf.uint8), content
 
     def validate():
+        average()
         results = [compare(lr[None], hr[None]) for lr, hr in pairs]
-        pictures = [sr.numpy() for sr, _ in results]
-        scalars = {"PSNR": np.mean([losses.psnr(sr, hr) for sr, (_, hr) in zip(pictures, pairs)])}
+        scalars = {"PSNR": np.mean([losses.psnr(sr.numpy(), hr) for (sr, _), (_, hr) in zip(results, pairs)])}
         if vgg:
             scalars["Validation Content Loss"] = np.mean([float(content) for _, content in results])
-        return scalars, pictures[0]
+        return scalars, results[0][0].numpy()
 
     return validate
 
 
-def save_weights(generator, path):
-    """Write the file whole or not at all."""
+def save_weights(generator, path: Path):
     with data.atomic_write(path) as temporary:
         generator.save_weights(temporary)
 
 
-# ------------------------------------------------------------------------------------- checkpoints and TensorBoard's logs
+# --------------------------------------------------------------------------- checkpoints, TensorBoard's logs, options
 
 
-def reason(error):
-    """The end of TensorFlow's message, after the names of operations and temporary files."""
-    return str(error).splitlines()[0].partition(" [Op:")[0].rpartition("; ")[2]
+@contextlib.contextmanager
+def writing(what: str):
+    """Turn TensorFlow's errors of a full disk and the like into an OSError of one line."""
+    try:
+        yield
+    except tf.errors.OpError as error:  # its message names operations and temporary files first
+        reason = str(error).splitlines()[0].partition(" [Op:")[0].rpartition("; ")[2]
+        raise OSError(f"can't write {what}, older checkpoints are intact: {reason}") from error
 
 
 class Checkpoints:
     """The state of one phase, networks and optimizers, in folders `NAME-STEP` that are whole or not there.
 
-    The order of the data needs no state: a batch follows from its step. `best` is the step whose validation had the
-    highest `score` so far.
+    The order of the data needs no state: a batch follows from its step.
     """
 
-    def __init__(self, folder, name, **parts):
-        self.folder, self.name = folder, name
-        self.parts = parts.values()
+    def __init__(self, folder: Path, name: str, **parts):
+        self.folder, self.name, self.parts = folder, name, parts.values()
         self.state = tf.train.Checkpoint(**parts)
-        self.best, self.score = 0, -math.inf
 
-    @staticmethod
-    def step_of(path):
-        return int(path.name.rpartition("-")[2])
+    def path(self, step: int) -> Path:
+        return self.folder / f"{self.name}-{step:07d}"
 
-    def all(self):
-        """The checkpoints' paths, newest first."""
-        return sorted(self.folder.glob(f"{self.name}-*[0-9]"), key=self.step_of, reverse=True)
+    def all(self) -> list[Path]:
+        """The checkpoints, newest first. Other names in the folder are ignored."""
+        steps = (path.name.removeprefix(f"{self.name}-") for path in self.folder.iterdir())
+        paths = [self.path(step) for step in sorted((int(s) for s in steps if s.isdecimal()), reverse=True)]
+        return [path for path in paths if path.is_dir()]
 
-    def save(self, step):
-        """Write beside the older ones, rename, then remove all but the last few and the best. Raises OSError."""
-        path = self.folder / f"{self.name}-{step:07d}"
-        new = self.folder / f"{path.name}.new"
-        for left in self.folder.glob(f"{self.name}-*.new"):  # by a run that was killed while it wrote
-            shutil.rmtree(left)
+    def save(self, step: int):
+        """Write beside the older ones, rename, then remove all but the last few. Raises OSError."""
+        path, new = self.path(step), self.folder / f"{self.name}.new"
+        shutil.rmtree(new, ignore_errors=True)  # left by a run that was killed
         try:
-            self.state.write(str(new / "state"))
-            (new / "best.json").write_text(json.dumps([self.best, self.score]))
-        except (OSError, tf.errors.OpError) as error:
+            with writing(f"the checkpoint {path}"):
+                self.state.write(str(new / "state"))
+            shutil.rmtree(path, ignore_errors=True)  # damaged
+            os.replace(new, path)
+        finally:
             shutil.rmtree(new, ignore_errors=True)
-            raise OSError(
-                f"can't write the checkpoint {path}, those before it are still good: {reason(error)}"
-            ) from error
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(new, path)
         for old in self.all()[KEEP:]:
-            if self.step_of(old) != self.best:
-                shutil.rmtree(old)
+            shutil.rmtree(old)
 
-    def record(self, step, score):
-        """Remember the step if its score is the highest so far. Returns whether it is."""
-        if score <= self.score:
-            return False
-        self.best, self.score = step, float(score)
-        return True
-
-    def finite(self):
-        """Whether each number of the state is."""
-        return all(np.isfinite(v.numpy()).all() for part in self.parts for v in part.variables)
-
-    def restore(self):
-        """Restore the newest intact checkpoint. Returns its step; 0 if there is none. Raises OSError if all are damaged."""
+    def restore(self) -> int:
+        """Restore the newest intact checkpoint. Returns its step, 0 if there is none. Raises OSError if all are bad."""
         paths = self.all()
         for path in paths:
             try:
-                best, score = json.loads((path / "best.json").read_text())
                 self.state.read(str(path / "state")).assert_consumed()
-                self.best, self.score = best, score
-                return self.step_of(path)
-            except (tf.errors.OpError, AssertionError, OSError, ValueError) as error:
+                return int(path.name.rpartition("-")[2])
+            except (tf.errors.OpError, AssertionError, OSError, ValueError, IndexError) as error:
                 print(f"Warning: the checkpoint {path} is damaged ({type(error).__name__})", file=sys.stderr)
         if paths:
             raise OSError(f"no checkpoint in {self.folder} is intact: remove the folder to start over")
         return 0
 
-
-class Logs:
-    """TensorBoard's file in `folder`, of a run that has done `step` steps. Raises OSError where it can't be written."""
-
-    def __init__(self, folder, step):
-        with self.writable():
-            rewind_logs(folder, step or -1)
-            self.writer = tf.summary.create_file_writer(str(folder))
-            self.writer.init()
-
-    @contextlib.contextmanager
-    def writable(self):
-        try:
-            yield
-        except tf.errors.OpError as error:
-            raise OSError(f"can't write TensorBoard's logs, the checkpoints are good: {reason(error)}") from error
-
-    def log(self, step, scalars, pictures={}):
-        with self.writable(), self.writer.as_default(step):
-            for key, value in scalars.items():
-                tf.summary.scalar(key, value)
-            for key, picture in pictures.items():
-                tf.summary.image(key, picture[None])
-
-    def flush(self):
-        with self.writable():
-            self.writer.flush()
+    def check_finite(self, step: int, scalars: dict, weights: bool):
+        """Raise FloatingPointError if a loss or, with `weights`, a number of the state is not finite."""
+        bad = "" if all(map(math.isfinite, scalars.values())) else "a loss"
+        if weights and not all(np.isfinite(v.numpy()).all() for part in self.parts for v in part.variables):
+            bad = bad or "a weight"
+        if bad:
+            raise FloatingPointError(
+                f"{self.name}: {bad} is not finite after step {step}; last good checkpoint: "
+                f"{next(iter(self.all()), 'none')}. Try a lower learning rate, or --precision float32"
+            )
 
 
-def rewind_logs(folder, step):
-    """Take TensorBoard's points after `step` out of `folder`: a continued run draws them again."""
-    for path in sorted(folder.glob("events.out.tfevents.*")):
-        new = folder / "rewinding"  # a name that TensorBoard doesn't read
-        with tf.io.TFRecordWriter(str(new)) as writer:
-            try:
+def open_logs(folder: Path, step: int):
+    """TensorBoard's writer in `folder`, for a run that continues after `step`: later points are drawn again."""
+    with writing("TensorBoard's logs"):
+        for path in sorted(folder.glob("events.out.tfevents.*")):
+            new = folder / "rewinding"  # a name that TensorBoard doesn't read
+            with (
+                tf.io.TFRecordWriter(str(new)) as events,
+                contextlib.suppress(tf.errors.DataLossError),
+            ):  # torn by a kill
                 for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
-                    if tf.compat.v1.Event.FromString(record).step <= step:
-                        writer.write(record)
-            except tf.errors.DataLossError:
-                pass  # torn where the run was killed
-        os.replace(new, path)
+                    if tf.compat.v1.Event.FromString(record).step <= (step or -1):
+                        events.write(record)
+            os.replace(new, path)
+        writer = tf.summary.create_file_writer(str(folder))
+        writer.init()
+    return writer
 
 
-def remember_options(run_dir, args):
-    """Write `args` to `RUN_DIR/options.json`."""
-    new = run_dir / "options.json.new"
+def log(writer, step: int, scalars: dict, **images):
+    """Write scalars and images, of one crop, to TensorBoard's file."""
+    with writing("TensorBoard's logs"), writer.as_default(step):
+        for name, value in scalars.items():
+            tf.summary.scalar(name, value)
+        for name, image in images.items():
+            tf.summary.image(f"crop/{name}", image[None])
+        writer.flush()
+
+
+@contextlib.contextmanager
+def locked(folder: Path):
+    """Keep other training runs out of `folder`. Raises OSError if one is using it."""
     try:
-        new.write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
-    except OSError as error:
-        raise OSError(f"can't write {new}: {error.strerror}") from error
-    os.replace(new, run_dir / "options.json")
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise OSError(f"another training run is using {folder}: wait for its end, or give another --run_dir") from error
+    finally:
+        os.close(handle)
 
 
-class Interruption:
-    """`received` holds the number of the first SIGINT or SIGTERM; a second one ends the program at once.
-
-    Python's own handler waits for the step to end. So a thread counts the signals, as they come through a socket.
-    """
-
-    def __enter__(self):
-        self.received = None
-        self.previous = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
-        self.incoming, self.outgoing = socket.socketpair()
-        self.outgoing.setblocking(False)
-        signal.set_wakeup_fd(self.outgoing.fileno())
-        threading.Thread(target=self.count, daemon=True).start()
-        return self
-
-    def receive(self, number, frame):
-        self.received = number
-
-    def count(self):
-        with self.incoming:
-            if self.incoming.recv(1) and (second := self.incoming.recv(1)):
-                os._exit(128 + second[0])
-
-    def __exit__(self, *exception):
-        signal.set_wakeup_fd(-1)
-        self.outgoing.close()  # ends the thread
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+def write_options(run_dir: Path, args, images):
+    """Write `args` to `RUN_DIR/options.json`, and warn if the run was begun on other images."""
+    path = run_dir / "options.json"
+    options = {**vars(args), "images": images.fingerprint}
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if json.loads(path.read_text()).get("images", images.fingerprint) != images.fingerprint:
+            print(
+                "Warning: the training images have changed since this run began, and so does their order",
+                file=sys.stderr,
+            )
+    with data.atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(options, indent=2, default=str) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------- the loop
 
 
-def check_finite(name, scalars, first, last, checkpoints, weights):
-    """Raise FloatingPointError if a loss of the steps `first` to `last` isn't finite or, with `weights`, a weight."""
-    finite = all(map(math.isfinite, scalars.values()))
-    if finite and not (weights and not checkpoints.finite()):
-        return
-    paths = checkpoints.all()
-    raise FloatingPointError(
-        f"{name}: {'a weight' if finite else 'a loss'} is not finite between steps {first} and {last}; last good checkpoint: "
-        f"{paths[0] if paths else 'none'}. Try a lower learning rate, or --precision float32"
+@dataclasses.dataclass
+class Phase:
+    """One of the two phases of training, as `fit` needs it."""
+
+    name: str  # of its checkpoints and logs
+    steps: int
+    step: Callable  # compiled: (lr, hr) -> dict of scalars
+    state: dict  # networks and optimizers, the contents of a checkpoint; "generator" and its "optimizer" among them
+    seed: int  # of the order of the patches
+    vgg: keras.Model | None = None  # for the content loss of validation
+
+
+def pretrain(args, generator) -> Phase:
+    """SRResNet: the generator alone, on the MSE."""
+    schedule = make_schedule(args.lr_decay, args.lr_pre_gen, args.PREGENSTEPS)
+    optimizer = make_optimizer(schedule, generator, args.ema)
+    step = make_pretrain_step(generator, optimizer)
+    return Phase("pretrain", args.PREGENSTEPS, step, {"generator": generator, "optimizer": optimizer}, args.seed)
+
+
+def train_gan(args, generator, vgg) -> Phase:
+    """SRGAN: the generator against a new discriminator, on the perceptual loss."""
+    keras.utils.set_random_seed(args.seed + 1)  # the same whether or not pre-training ran in this process
+    discriminator = model.discriminator(args.precision)
+    schedule = make_schedule(args.lr_decay, args.lr_gen, args.STEPS, drop=True)
+    optimizer, discriminator_optimizer = (
+        make_optimizer(schedule, generator, args.ema),
+        make_optimizer(schedule, discriminator),
     )
+    step = make_gan_step(generator, discriminator, vgg, optimizer, discriminator_optimizer)
+    state = {"generator": generator, "optimizer": optimizer}
+    state |= {"discriminator": discriminator, "discriminator_optimizer": discriminator_optimizer}
+    return Phase("gan", args.STEPS, step, state, args.seed + 1, vgg)
 
 
-class VictoryWatch:
-    """Warns once of a discriminator that tells all pictures apart for many points: the generator learns little then."""
+def make_batches(images, batch_size: int, first: int, last: int, seed: int, jpeg):
+    """The batches of the steps after `first` up to `last`, `(lr, hr)`, shared between all devices."""
 
-    def __init__(self):
-        self.points = 0
+    def share(worker):
+        part, parts = worker.input_pipeline_id, worker.num_input_pipelines
+        patches = data.patches(images, batch_size, first, last, seed, jpeg, part, parts)
+        return patches.rebatch(worker.get_per_replica_batch_size(batch_size), drop_remainder=True)
 
-    def __call__(self, scalars):
-        if scalars.get("D(HR)", 0) < 0.95 or scalars["D(SR)"] > 0.05:
-            self.points = min(self.points, 0)
-            return
-        self.points += 1
-        if self.points == WON_AFTER:
-            self.points = -math.inf
-            tqdm.write(
-                f"Warning: the discriminator has won, D(HR) is {scalars['D(HR)']:.2f} and D(SR) {scalars['D(SR)']:.2f}: "
-                "try a lower --lr_gen, or more --PREGENSTEPS",
-                file=sys.stderr,
-            )
+    return tf.distribute.get_strategy().distribute_datasets_from_function(share)
 
 
-def run_phase(name, step_function, steps, batches, checkpoints, validate, crop, args):
-    """Train one phase from its newest checkpoint to `steps`. Returns the signal that cut it off, or None.
+@contextlib.contextmanager
+def catch_signals():
+    """Yields a list that gets the first SIGINT or SIGTERM. A second one ends the program at once."""
+    caught = []
 
-    `batches(first, last)`: the data set of the steps after `first`. `validate()`: scalars and the crop's SR. `crop`: the
-    `(bicubic, hr)` beside it in TensorBoard. Raises FloatingPointError on a loss that is not finite, OSError, and what
-    TensorFlow raises in a step.
+    def note(number, frame):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def fit(phase: Phase, weights: Path, images, pairs, args):
+    """Train one phase from its newest checkpoint to its last step, and write the generator's `weights`.
+
+    Raises:
+        Interrupted: after a signal, when the state is saved.
+        FloatingPointError: if a loss or a weight is not finite.
+        OSError: if a checkpoint, the logs or the weights can't be written.
     """
+    name, steps, run_dir, chief = phase.name, phase.steps, Path(args.run_dir), is_chief()
+    checkpoints = Checkpoints(run_dir / "checkpoints", name, **phase.state)
     start = checkpoints.restore()
-    meet(start)
-    if start >= steps:
-        return None
-    chief = is_chief()
-    logs = Logs(Path(args.run_dir) / "logs" / name, start) if chief else None
-    shown, watch = {}, VictoryWatch()
+    check_same_step(start)
+    if start >= steps and weights.exists():
+        return
+
+    average = make_averaging(phase.state["generator"], phase.state["optimizer"], images, args)
+    validate, status = make_validation(average, pairs, phase.vgg), {}
 
     def evaluate(step):
-        """Validate and log. Returns whether the generator was never better."""
         scalars, sr = validate()
-        logs.log(step, scalars, {"crop/SR": sr})
-        shown["PSNR"] = f"{scalars['PSNR']:.2f}"
-        # The GAN gives up PSNR for what the content loss measures.
-        return checkpoints.record(step, -scalars.get("Validation Content Loss", -scalars["PSNR"]))
+        log(writer, step, scalars, SR=sr)
+        status["PSNR"] = f"{scalars['PSNR']:.2f}"
 
+    writer = open_logs(run_dir / "logs" / name, start) if chief else None
     if start:
-        print(f"{name}: going on after step {start}")
+        print(f"{name}: continuing after step {start}")
     elif chief:
-        logs.log(0, {}, {"crop/bicubic": crop[0], "crop/HR": crop[1]})
+        log(writer, 0, {}, bicubic=data.bicubic(pairs[0][0]), HR=pairs[0][1])
         evaluate(0)
 
-    first, good = start + 1, start
-    clock = saved = time.perf_counter()
     print(f"{name}: compiling the training step ...", flush=True)
-    with (
-        Interruption() as interruption,
-        tqdm(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True) as bar,
-    ):
-        for step, (lr, hr) in enumerate(batches(start, steps), first):
-            scalars = step_function(lr, hr)
-            stopped = interruption.received
-            saving = step % args.save_every == 0 or step == steps or stopped or time.perf_counter() - saved > SAVE_AFTER
-            evaluating = step % args.eval_every == 0 or step == steps
-            logging = step % LOG_EVERY == 0 or step == steps
-            if step == first or saving or evaluating or logging:
+    clock = saved = time.perf_counter()
+    won = 0  # points in a row at which the discriminator made no mistake
+    bar = tqdm(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True)
+    batches = make_batches(images, args.BATCH_SIZE, start, steps, phase.seed, args.jpeg)
+    with bar, catch_signals() as signals:
+        for step, (lr, hr) in enumerate(batches, start + 1):
+            # Step.
+            scalars = phase.step(lr, hr)
+            first, last, stopping = step == start + 1, step == steps, bool(signals)
+            logging = last or step % LOG_EVERY == 0
+            evaluating = last or step % args.eval_every == 0
+            saving = last or stopping or step % args.save_every == 0 or time.perf_counter() - saved > SAVE_AFTER
+
+            # Log.
+            if first or logging or evaluating or saving:
                 scalars = {key: float(value) for key, value in scalars.items()}  # waits for the device
-                check_finite(name, scalars, good + 1, step, checkpoints, weights=saving or evaluating)
-                good = step
-                watch(scalars)
-                shown.update((key.removesuffix(" Loss"), f"{value:.4g}") for key, value in scalars.items())
-                if chief and logging:
-                    logs.log(step, scalars)
-            if step == first:
+                checkpoints.check_finite(step, scalars, weights=evaluating or saving)
+                status.update((key.removesuffix(" Loss"), f"{value:.4g}") for key, value in scalars.items())
+            if chief and logging:
+                log(writer, step, scalars)
+                won = won + 1 if scalars.get("D(HR)", 0) > 0.95 and scalars["D(SR)"] < 0.05 else 0
+                if won == WON_AFTER:
+                    warning = "the discriminator tells all images apart: try a lower --lr_gen, or more --PREGENSTEPS"
+                    bar.write(f"Warning: {warning}", file=sys.stderr)
+            if first:
                 bar.write(f"{name}: compiled, with the first step, in {time.perf_counter() - clock:.1f} s")
-                bar.unpause()  # its time left is to be without the compiling
+                bar.unpause()  # so that the time left doesn't count the compiling
                 clock = time.perf_counter()
             else:
-                shown["patches/s"] = f"{(step - first) * args.BATCH_SIZE / (time.perf_counter() - clock):.1f}"
-            best = chief and evaluating and evaluate(step)
-            bar.set_postfix(shown, refresh=False)
+                speed = (step - start - 1) * args.BATCH_SIZE / (time.perf_counter() - clock)
+                status["patches/s"] = f"{speed:.1f}"
+
+            # Validate.
+            if chief and evaluating:
+                evaluate(step)
+            bar.set_postfix(status, refresh=False)
             bar.update()
-            if saving or best:
+
+            # Save. The weights are written first, so that the last checkpoint vouches for them.
+            if chief and last:
+                save_weights(average(), weights)
+            if saving:
                 saved = time.perf_counter()
                 if chief:
-                    logs.flush()
                     checkpoints.save(step)
-            if stopped:
-                return stopped
-    return None
+
+            # Stop.
+            if stopping:
+                raise Interrupted(signals[0], checkpoints.path(step))
+    if chief and start >= steps:  # the run was finished, and its weights are gone
+        save_weights(average(), weights)
+    check_same_step(steps)  # waits until the weights are there
+    print(f"Upscale with it: python3 main.py --pretrained --weights {weights}")
 
 
 def train(args):
-    """Train SRResNet and then SRGAN as `args`, the flags of main.py, say, on all devices. Returns the exit code.
+    """Train SRResNet and then SRGAN on all devices, as `args` (the flags of main.py) say.
 
-    Whatever could fail later is tried before the first step. Raises OSError, ValueError, FloatingPointError, MemoryError.
+    Whatever could fail later is tried before the first step. Raises Interrupted, OSError, ValueError,
+    FloatingPointError, MemoryError.
     """
-    strategy = make_strategy()
+    strategy, run_dir = make_strategy(), Path(args.run_dir)
     devices = strategy.num_replicas_in_sync
     if args.BATCH_SIZE % devices:
         raise ValueError(f"--BATCH_SIZE {args.BATCH_SIZE} can't be shared equally by {devices} devices")
     if devices > 1:
         print(f"Training on {devices} devices")
-    with strategy.scope():
-        return train_both(args)
-
-
-def train_both(args):
-    run_dir = Path(args.run_dir)
     (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-    chief = is_chief()
-    if chief:
-        remember_options(run_dir, args)
+    try:
+        with strategy.scope(), locked(run_dir) if is_chief() else contextlib.nullcontext():
+            train_both(args, run_dir)
+    except tf.errors.ResourceExhaustedError as error:
+        raise MemoryError(f"out of memory with --BATCH_SIZE {args.BATCH_SIZE}: try a smaller one") from error
+    except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError) as error:
+        message = "another worker is gone: start the same command on each again, to continue from the last checkpoint"
+        raise ConnectionError(message) from error
+
+
+def train_both(args, run_dir: Path):
+    """Load everything that the two phases share, and run them."""
     vgg = losses.vgg_features(args.vgg_layer, args.vgg_weights, args.precision) if args.STEPS else None
-    train_pictures, valid_pictures = data.load(args.data_dir)
-    pairs = validation_pairs(valid_pictures)
-    print(f"{len(train_pictures)} pictures to train on, {len(valid_pictures)} to validate on")
+    images, valid_images = data.load(args.data_dir)
+    pairs = validation_pairs(valid_images)
+    if is_chief():
+        write_options(run_dir, args, images)
+    print(f"{len(images)} images to train on, {len(valid_images)} to validate on")
 
     keras.utils.set_random_seed(args.seed)
     generator = model.generator(args.precision)
     srresnet, srgan = run_dir / "srresnet.weights.h5", run_dir / "srgan.weights.h5"
     if args.weights or not args.PREGENSTEPS:
         model.load_weights(generator, args.weights or srresnet)
-    crop = data.bicubic(pairs[0][0]), pairs[0][1]
-
-    def run(name, steps, step_function, optimizer, seed, weights, vgg=None, **networks):
-        """One phase and its weights file. Returns the exit code."""
-        validate = make_validation(generator, pairs, vgg)
-
-        def validate_averaged():
-            with averaged_weights(generator, optimizer):
-                return validate()
-
-        def batches(first, last):
-            def share(worker):
-                part, parts = worker.input_pipeline_id, worker.num_input_pipelines
-                patches = data.patches(train_pictures, args.BATCH_SIZE, first, last, seed, args.jpeg, part, parts)
-                return patches.rebatch(worker.get_per_replica_batch_size(args.BATCH_SIZE), drop_remainder=True)
-
-            return tf.distribute.get_strategy().distribute_datasets_from_function(share)
-
-        checkpoints = Checkpoints(run_dir / "checkpoints", name, generator=generator, optimizer=optimizer, **networks)
-        try:
-            stopped = run_phase(name, step_function, steps, batches, checkpoints, validate_averaged, crop, args)
-            if stopped:
-                if chief:
-                    print(f"Interrupted, and saved: the same command goes on from {checkpoints.all()[0]}")
-                return 128 + stopped
-            if chief:
-                with averaged_weights(generator, optimizer):
-                    save_weights(generator, weights)
-            meet(steps)  # the weights are there
-        except tf.errors.ResourceExhaustedError as error:
-            raise MemoryError(f"out of memory with --BATCH_SIZE {args.BATCH_SIZE}: try a smaller one") from error
-        except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError) as error:
-            raise ConnectionError(
-                "another worker is gone: start the same command on each again, and the run goes on from its last checkpoint"
-            ) from error
-        print(f"Upscale with it: python3 main.py --pretrained --weights {weights}")
-        return 0
-
-    code = 0
     if args.PREGENSTEPS:
-        optimizer = make_optimizer(make_schedule(args.lr_decay, args.lr_pre_gen, args.PREGENSTEPS), generator, args.ema)
-        code = run(
-            "pretrain", args.PREGENSTEPS, make_pretrain_step(generator, optimizer), optimizer, args.seed, srresnet
-        )
-        if code == 0:
-            model.load_weights(generator, srresnet)  # the averaged ones, with --ema
-    if args.STEPS and code == 0:
-        discriminator = model.discriminator(args.precision)
-        optimizer, discriminator_optimizer = (
-            make_optimizer(make_schedule(args.lr_decay, args.lr_gen, args.STEPS, drop=True), network, ema)
-            for network, ema in ((generator, args.ema), (discriminator, 0))
-        )
-        step_function = make_gan_step(generator, discriminator, vgg, optimizer, discriminator_optimizer)
-        networks = {"discriminator": discriminator, "discriminator_optimizer": discriminator_optimizer}
-        code = run("gan", args.STEPS, step_function, optimizer, args.seed + 1, srgan, vgg, **networks)
-    return code
+        fit(pretrain(args, generator), srresnet, images, pairs, args)
+        model.load_weights(generator, srresnet)  # averaged, with --ema
+    if args.STEPS:
+        fit(train_gan(args, generator, vgg), srgan, images, pairs, args)

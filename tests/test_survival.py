@@ -47,9 +47,9 @@ def start(photos, tmp_path):
         process.output.close()
 
 
-def finish(process, code=0):
+def finish(process, code=0, timeout=200):
     """Wait for the process to end with this exit code. Returns its output."""
-    returned = process.wait(timeout=200)
+    returned = process.wait(timeout)
     process.output.seek(0)
     output = process.output.read()
     assert returned == code, output[-3000:]
@@ -68,39 +68,41 @@ def wait_for_checkpoint(process, run_dir, phase):
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("kills, steps", [(2, 150), pytest.param(20, 2000, marks=pytest.mark.slow)])
-def test_a_run_that_is_killed_at_random_ends_like_one_that_is_not(start, tmp_path, kills, steps):
-    """Most of these moments lie in the writing of a checkpoint, which takes longer than a step of the tiny networks."""
+@pytest.mark.parametrize(
+    "networks, kills, steps", [("tiny", 2, 150), pytest.param("real", 20, 90, marks=pytest.mark.slow)]
+)
+def test_a_run_that_is_killed_at_random_ends_like_one_that_is_not(start, tmp_path, vgg_weights, networks, kills, steps):
+    """Many of these moments lie in the writing of a checkpoint."""
     rng = random.Random(0)
-    flags = f"--PREGENSTEPS {steps} --STEPS {steps} --save_every 2 --eval_every 9"
+    flags = f"--PREGENSTEPS {steps} --STEPS {steps} --save_every 2 --eval_every 9 --ema 0.9"
+    flags += f" --vgg_layer block2_conv2 --vgg_weights {vgg_weights}"
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(start(whole, flags))
+    finish(start(whole, flags, TINY_NETWORKS=networks), timeout=3600)
     for phase in ("pretrain", "gan"):
         for _ in range(kills):
-            process = start(killed, flags)
+            process = start(killed, flags, TINY_NETWORKS=networks)
             wait_for_checkpoint(process, killed, phase)
-            time.sleep(rng.uniform(0, 0.2))
+            time.sleep(rng.uniform(0, 0.2 if networks == "tiny" else 3))
             process.kill()
             finish(process, -signal.SIGKILL)
-    output = finish(start(killed, flags))
-    assert "gan: going on after step" in output
+    output = finish(start(killed, flags, TINY_NETWORKS=networks), timeout=3600)
+    assert "gan: continuing after step" in output
     same_result(killed, whole)
     assert not list(killed.glob("checkpoints/*.new"))
 
 
-def test_a_second_signal_ends_a_run_in_the_middle_of_a_step(start, tmp_path):
-    process = start(tmp_path / "run", "--PREGENSTEPS 9 --STEPS 0", TINY_TAKES_LONG="1")
-    while "compiling the training step" not in Path(process.output.name).read_text():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_waiting_for_a_worker_names_all_and_can_be_interrupted(start, tmp_path, number):
+    worker = start_workers(start, tmp_path / "run", FLAGS, count=1)[0]
+    while "Waiting for all workers of TF_CONFIG: 127.0.0.1:" not in Path(worker.output.name).read_text():
+        assert worker.poll() is None
         time.sleep(0.1)
     time.sleep(1)
-    process.send_signal(signal.SIGTERM)
-    time.sleep(1)
-    assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=5) == 128 + signal.SIGTERM
+    worker.send_signal(number)
+    assert worker.wait(timeout=20) == -number
 
 
-FLAGS = "--PREGENSTEPS 8 --STEPS 200 --save_every 5 --eval_every 8 --seed 3"
+FLAGS = "--PREGENSTEPS 8 --STEPS 200 --save_every 5 --eval_every 8 --seed 3 --ema 0.9"
 
 
 def nearly_same_result(run, other):
@@ -120,14 +122,14 @@ def test_two_devices_train_like_one(start, tmp_path):
     )
 
 
-def start_workers(start, run_dir, flags):
+def start_workers(start, run_dir, flags, count=2):
     with socket.socket() as one, socket.socket() as other:
         for each in (one, other):
             each.bind(("127.0.0.1", 0))
         cluster = {"worker": [f"127.0.0.1:{each.getsockname()[1]}" for each in (one, other)]}
     return [
         start(run_dir, flags, TF_CONFIG=json.dumps({"cluster": cluster, "task": {"type": "worker", "index": i}}))
-        for i in (0, 1)
+        for i in range(count)
     ]
 
 
@@ -142,7 +144,7 @@ def test_two_workers_train_like_one_even_if_one_dies(start, tmp_path, lost):
     saved = newest(two, "gan")
     assert 0 < saved < 200
     for worker in start_workers(start, two, FLAGS):
-        assert f"gan: going on after step {saved}" in finish(worker)
+        assert f"gan: continuing after step {saved}" in finish(worker)
     nearly_same_result(two, one)
     assert len(list(two.glob("logs/gan/*"))) == 2  # one file of each chief
 

@@ -58,19 +58,12 @@ def split_cpu(devices):
     train.make_strategy = lambda: tf.distribute.MirroredStrategy(names)
 
 
-def take_long():
-    """Let a step of the pre-training compute for minutes, in one piece."""
-
-    def step(lr, hr):
-        return {"MSE Loss": tf.linalg.svd(tf.random.normal((5000, 5000)), compute_uv=False)[0]}
-
-    train.make_pretrain_step = lambda *networks: step
-
-
 if __name__ == "__main__":
-    use(setattr, os.environ["TINY_FOLDER"])
+    folder = os.environ["TINY_FOLDER"]
+    if os.environ.get("TINY_NETWORKS") == "real":
+        data.FOLDER = Path(folder) / "data"
+    else:
+        use(setattr, folder)
     if "TINY_DEVICES" in os.environ:
         split_cpu(int(os.environ["TINY_DEVICES"]))
-    if "TINY_TAKES_LONG" in os.environ:
-        take_long()
     sys.exit(main.main())

@@ -48,8 +48,7 @@ def make_strategy() -> tf.distribute.Strategy:
         try:
             workers = [address for job in json.loads(config)["cluster"].values() for address in job]
             print(f"Waiting for all workers of TF_CONFIG: {', '.join(workers)}", flush=True)
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_DFL)  # Python's handlers would not run while TensorFlow waits
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler would not run while TensorFlow waits
             return tf.distribute.MultiWorkerMirroredStrategy()
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"TF_CONFIG doesn't name the workers and which of them this is: {error}") from error

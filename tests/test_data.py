@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -236,7 +235,7 @@ def test_hostile_folder_trains_on_what_can_be_used_and_names_the_rest(tmp_path, 
         train, valid = data.load(tmp_path / "photos")
         sizes = {name: tuple(size) for images in (train, valid) for name, size in zip(images.names, images.sizes)}
         assert sizes == usable and len(valid) == 1
-        lines = capfd.readouterr().err.strip().splitlines()
+        lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("left out: ")]
         assert len(lines) == 5
         for name in ("empty.png", "text.png", "truncated.jpg", "one.png", "strip.png"):
             assert sum(name in line for line in lines) == 1, name
@@ -668,7 +667,7 @@ def test_archives_the_user_put_there_are_used_checked_and_kept(server, folder):
 
     shutil.rmtree(folder / "DIV2K" / "DIV2K_valid_HR")
     (folder / "DIV2K" / "DIV2K_valid_HR.zip").write_bytes(b"something else")
-    with pytest.raises(ValueError, match="DIV2K_valid_HR.zip is not the published archive"):
+    with pytest.raises(ValueError, match="DIV2K_valid_HR.zip is damaged, or not the published archive"):
         data.load()
     assert (folder / "DIV2K" / "DIV2K_valid_HR.zip").read_bytes() == b"something else"
 

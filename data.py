@@ -148,11 +148,6 @@ def spread_colours(pixels: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     return np.where(visible, pixels, colours).astype(pixels.dtype)
 
 
-def enlarge_alpha(alpha: np.ndarray) -> np.ndarray:
-    """4x bicubic: `(h, w)` uint8 or uint16 to `(4h, 4w)`."""
-    return bicubic(alpha)
-
-
 def check_output(path: str | Path, width: int = 0, height: int = 0):
     """Raise ValueError or OSError if an image of this size can't be written to `path`, as far as can be known."""
     path = Path(path)
@@ -263,6 +258,9 @@ def bicubic(lr: np.ndarray) -> np.ndarray:
     return np.asarray(Image.fromarray(lr).resize((width * SCALE, height * SCALE), Image.Resampling.BICUBIC))
 
 
+enlarge_alpha = bicubic  # `(h, w)` to `(4h, 4w)`, uint8 or uint16
+
+
 def scoring_pairs(folder: str | Path) -> list[tuple[str, Path, Path | None]]:
     """The images to score on, by name: a list of `(name, HR path, LR path or None)`.
 
@@ -322,61 +320,56 @@ def download_div2k() -> Path:
     """
     root = FOLDER / "DIV2K"
     with lock(root):
-        missing = [name for name in DIV2K if not (root / name).is_dir()]
-        # The extracted images are as large as the archives, and the prepared ones about as large again.
-        there = sum(path.stat().st_size for name in missing for path in root.glob(f"{name}.zip*"))
-        check_room(root, 3 * sum(DIV2K[name][0] for name in missing) - there, "DIV2K and its prepared images")
-        for name in missing:
-            archive = root / f"{name}.zip"  # put there by the user
-            extract(archive if archive.exists() else download(name, root), root / name)
-        for name in DIV2K:
-            (root / f"{name}.zip.part").unlink(missing_ok=True)
+        for name, (size, sha256) in DIV2K.items():
+            folder, archive, part = root / name, root / f"{name}.zip", root / f"{name}.zip.part"
+            if not folder.is_dir():
+                # The extracted images are as large as the archive, and the prepared ones about as large again.
+                there = sum(path.stat().st_size for path in (archive, part) if path.exists())
+                check_room(root, 3 * size - there, f"{name} and its prepared images")
+                if not archive.exists():  # the user may have put it there
+                    archive = download(f"{DIV2K_URL}{name}.zip", part, size)
+                with open(archive, "rb") as file:
+                    damaged = hashlib.file_digest(file, "sha256").hexdigest() != sha256
+                if damaged:
+                    part.unlink(missing_ok=True)
+                    raise ValueError(f"{archive} is damaged or not the published archive: its sha256 is not {sha256}")
+                extract(archive, folder)
+            part.unlink(missing_ok=True)
             shutil.rmtree(root / f"{name}.unpacking", ignore_errors=True)
     return root
 
 
-def download(name, root):
-    """Download an archive, or go on with it, as often as it takes. Returns its path."""
-    (size, _), url, part = DIV2K[name], f"{DIV2K_URL}{name}.zip", root / f"{name}.zip.part"
+def download(url, part, size):
+    """Download to `part`, or go on with it, trying again as often as some more arrives. Returns `part`."""
     tries, most = 0, 0
-    while True:
-        here = part.stat().st_size if part.exists() else 0
+    while (here := part.stat().st_size if part.exists() else 0) < size:
         tries, most = (0 if here > most else tries), max(here, most)
-        if here == size:
-            return part
         try:
             request = urllib.request.Request(url, headers={"Range": f"bytes={here}-"} if here else {})
             with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
                 if not answer.headers.get("Content-Range", "").startswith(f"bytes {here}-"):
                     here = 0  # the server sends all of it
                 if here + int(answer.headers.get("Content-Length", 0)) != size:
-                    raise OSError(f"the server offers another archive than the published one of {size} bytes")
-                bar = tqdm(desc=name, initial=here, total=size, unit="B", unit_scale=True, disable=None)
+                    raise OSError(f"the server doesn't offer the published {size} bytes")
+                bar = tqdm(desc=part.stem, initial=here, total=size, unit="B", unit_scale=True, disable=None)
                 with open(part, "ab" if here else "wb") as file, bar:
                     while data := answer.read1(1 << 20):
                         bar.update(file.write(data))
-            if part.stat().st_size != size:
+            if part.stat().st_size < size:
                 raise OSError("the connection ended early")
         except (OSError, http.client.HTTPException) as error:
             if tries == len(WAITS):
-                archives = " and ".join(f"{name}.zip" for name in DIV2K)
-                raise OSError(
-                    f"can't download {url} ({error}): try again to go on from {here / 1e6:.0f} MB, put {archives} "
-                    f"into {root} yourself, or train on images of your own (--data_dir)"
-                ) from error
+                hint = f"go on by the same command, put the file into {part.parent} yourself, or use --data_dir"
+                raise OSError(f"can't download {url} ({error}): {hint}") from error
             print(f"{url}: {error}; trying again in {WAITS[tries]} s", file=sys.stderr)
             time.sleep(WAITS[tries])
             tries += 1
+    return part
 
 
 def extract(archive, folder):
-    """Check the archive and extract its `folder` beside it, renamed at the end: a folder that exists is whole."""
-    sha256, temporary = DIV2K[folder.name][1], folder.with_name(f"{folder.name}.unpacking")
-    with open(archive, "rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-            if archive.suffix == ".part":
-                archive.unlink()
-            raise ValueError(f"{archive} is damaged, or not the published archive (sha256 {sha256}): try another one")
+    """Extract the archive's `folder`, renamed at the end, so that a folder that exists is whole."""
+    temporary = folder.with_name(f"{folder.name}.unpacking")
     shutil.rmtree(temporary, ignore_errors=True)
     with zipfile.ZipFile(archive) as file:
         for name in file.namelist():
@@ -480,20 +473,6 @@ def prepare(folder: str | Path) -> PreparedImages:
     for path in list_images(folder):
         made_from = DEGRADATION, path.name, path.stat().st_size, path.stat().st_mtime_ns
         targets[path] = store / f"{digest(made_from)}.npy"
-
-    def prepare_image(path):
-        """Returns None, or a line that says why the image can't be used."""
-        try:
-            hr = crop_to_scale(read_rgb(path))
-        except ValueError as error:
-            return str(error)
-        if min(hr.shape[:2]) < HR_PATCH:
-            return f"{path} is smaller than a patch of {HR_PATCH}x{HR_PATCH}: {hr.shape[1]}x{hr.shape[0]}"
-        lr = degrade(hr)
-        with atomic_write(targets[path]) as temporary:
-            np.save(temporary, np.concatenate([lr[None], hr.reshape(-1, *lr.shape)]))
-            temporary.chmod(0o600)
-
     with lock(store.parent):
         store.mkdir(0o700, exist_ok=True)
         for stale in set(store.iterdir()).difference(targets.values()):
@@ -507,7 +486,7 @@ def prepare(folder: str | Path) -> PreparedImages:
                     room += image.width * image.height * 3 * 17 // 16
         check_room(store, room, f"{len(missing)} prepared images")
         with ThreadPool(min(os.cpu_count(), 16)) as pool:
-            lines = pool.imap_unordered(prepare_image, missing)
+            lines = pool.imap_unordered(lambda path: prepare_image(path, targets[path]), missing)
             lines = sorted(filter(None, tqdm(lines, "preparing images", len(missing), disable=None)))
     for line in lines:
         print(f"left out: {line}", file=sys.stderr)
@@ -518,6 +497,20 @@ def prepare(folder: str | Path) -> PreparedImages:
             f"({', '.join(sorted(SUFFIXES))}), or into train/ and valid/ below it"
         )
     return PreparedImages(prepared)
+
+
+def prepare_image(path, target):
+    """Store an image and its LR. Returns None, or why it can't be used."""
+    try:
+        hr = crop_to_scale(read_rgb(path))
+    except ValueError as error:
+        return str(error)
+    if min(hr.shape[:2]) < HR_PATCH:
+        return f"{path} is smaller than a patch of {HR_PATCH}x{HR_PATCH}: {hr.shape[1]}x{hr.shape[0]}"
+    lr = degrade(hr)
+    with atomic_write(target) as temporary:
+        np.save(temporary, np.concatenate([lr[None], hr.reshape(-1, *lr.shape)]))
+        temporary.chmod(0o600)
 
 
 # ------------------------------------------------------------------------------------------------------------ patches

@@ -82,7 +82,7 @@ def patches(data_dir, jpeg, batch_size, seconds=5):
                 picture = np.random.default_rng(i).integers(0, 256, (1152, 1728, 3), np.uint8)
                 Image.fromarray(picture).save(Path(folder) / f"{i}.bmp")
         pictures, _ = data.load(data_dir)
-        pictures.pixels.max()  # now in memory as far as it fits
+        [hr.max() for _, hr in pictures]  # now in memory as far as it fits
         batches = iter(data.patches(pictures, batch_size, 0, sys.maxsize - 1, seed=0, jpeg=jpeg))
         for _ in itertools.islice(batches, 20):
             pass

@@ -423,10 +423,6 @@ class PreparedImages:
         self.open = functools.lru_cache(limit)(open_prepared)
         self.sizes = np.array([lr.shape[:2] for lr, _ in self])
 
-    @property
-    def fingerprint(self):
-        return hashlib.sha256(json.dumps(self.records).encode()).hexdigest()
-
     def __len__(self):
         return len(self.paths)
 

@@ -381,16 +381,21 @@ def extract(archive, folder):
 
 
 @contextlib.contextmanager
-def lock(folder):
-    """Make the folder and keep other processes out: one of several workers downloads or prepares, the others wait."""
+def lock(folder: str | Path, wait: bool = True):
+    """Make the folder and keep other processes out of it. Raises OSError if it can't, or `wait` is False and one is in.
+
+    Of several workers, one downloads or prepares while the others wait. Of two training runs, one has the folder.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / ".lock", "a") as file:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with open(Path(folder) / ".lock", "a") as file:
             with contextlib.suppress(ImportError):  # not on Windows
                 import fcntl
 
-                fcntl.flock(file, fcntl.LOCK_EX)
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             yield
+    except BlockingIOError as error:
+        raise OSError(f"another process is using {folder}: wait for its end, or choose another folder") from error
     except OSError as error:
         raise OSError(f"can't write {folder}: {error.strerror}") if error.errno else error from error
 

@@ -315,13 +315,11 @@ def open_logs(folder: Path, step: int):
     with writing("TensorBoard's logs"):
         for path in sorted(folder.glob("events.out.tfevents.*")):
             new = folder / "rewinding"  # a name that TensorBoard doesn't read
-            with (
-                tf.io.TFRecordWriter(str(new)) as events,
-                contextlib.suppress(tf.errors.DataLossError),
-            ):  # torn by a kill
-                for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
-                    if tf.compat.v1.Event.FromString(record).step <= (step or -1):
-                        events.write(record)
+            with tf.io.TFRecordWriter(str(new)) as events:
+                with contextlib.suppress(tf.errors.DataLossError):  # torn by a kill
+                    for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
+                        if tf.compat.v1.Event.FromString(record).step <= (step or -1):
+                            events.write(record)
             os.replace(new, path)
         writer = tf.summary.create_file_writer(str(folder))
         writer.init()
@@ -338,35 +336,14 @@ def log(writer, step: int, scalars: dict, **images):
         writer.flush()
 
 
-@contextlib.contextmanager
-def locked(folder: Path):
-    """Keep other training runs out of `folder`. Raises OSError if one is using it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise OSError(f"another training run is using {folder}: wait for its end, or give another --run_dir") from error
-    finally:
-        os.close(handle)
-
-
 def write_options(run_dir: Path, args, images):
     """Write `args` to `RUN_DIR/options.json`, and warn if the run was begun on other images."""
     path = run_dir / "options.json"
-    options = {**vars(args), "images": images.fingerprint}
-    with contextlib.suppress(OSError, ValueError, AttributeError):
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # none yet, or unreadable
         if json.loads(path.read_text()).get("images", images.fingerprint) != images.fingerprint:
-            print(
-                "Warning: the training images have changed since this run began, and so does their order",
-                file=sys.stderr,
-            )
+            print("Warning: the training images have changed since this run began", file=sys.stderr)
     with data.atomic_write(path) as temporary:
+        options = {**vars(args), "images": images.fingerprint}
         temporary.write_text(json.dumps(options, indent=2, default=str) + "\n")
 
 
@@ -388,24 +365,18 @@ class Phase:
 def pretrain(args, generator) -> Phase:
     """SRResNet: the generator alone, on the MSE."""
     schedule = make_schedule(args.lr_decay, args.lr_pre_gen, args.PREGENSTEPS)
-    optimizer = make_optimizer(schedule, generator, args.ema)
-    step = make_pretrain_step(generator, optimizer)
-    return Phase("pretrain", args.PREGENSTEPS, step, {"generator": generator, "optimizer": optimizer}, args.seed)
+    state = {"generator": generator, "optimizer": make_optimizer(schedule, generator, args.ema)}
+    return Phase("pretrain", args.PREGENSTEPS, make_pretrain_step(**state), state, args.seed)
 
 
 def train_gan(args, generator, vgg) -> Phase:
     """SRGAN: the generator against a new discriminator, on the perceptual loss."""
     keras.utils.set_random_seed(args.seed + 1)  # the same whether or not pre-training ran in this process
-    discriminator = model.discriminator(args.precision)
     schedule = make_schedule(args.lr_decay, args.lr_gen, args.STEPS, drop=True)
-    optimizer, discriminator_optimizer = (
-        make_optimizer(schedule, generator, args.ema),
-        make_optimizer(schedule, discriminator),
-    )
-    step = make_gan_step(generator, discriminator, vgg, optimizer, discriminator_optimizer)
-    state = {"generator": generator, "optimizer": optimizer}
-    state |= {"discriminator": discriminator, "discriminator_optimizer": discriminator_optimizer}
-    return Phase("gan", args.STEPS, step, state, args.seed + 1, vgg)
+    state = {"generator": generator, "discriminator": model.discriminator(args.precision)}
+    state["optimizer"] = make_optimizer(schedule, generator, args.ema)
+    state["discriminator_optimizer"] = make_optimizer(schedule, state["discriminator"])
+    return Phase("gan", args.STEPS, make_gan_step(vgg=vgg, **state), state, args.seed + 1, vgg)
 
 
 def make_batches(images, batch_size: int, first: int, last: int, seed: int, jpeg):
@@ -536,7 +507,7 @@ def train(args):
         print(f"Training on {devices} devices")
     (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
     try:
-        with strategy.scope(), locked(run_dir) if is_chief() else contextlib.nullcontext():
+        with strategy.scope(), data.lock(run_dir, wait=False) if is_chief() else contextlib.nullcontext():
             train_both(args, run_dir)
     except tf.errors.ResourceExhaustedError as error:
         raise MemoryError(f"out of memory with --BATCH_SIZE {args.BATCH_SIZE}: try a smaller one") from error

@@ -189,8 +189,8 @@ def test_a_run_that_was_cut_off_ends_like_one_that_was_not(
         pass
 
     def dying(make, done):
-        def make_step(*args):
-            step = make(*args)
+        def make_step(**parts):
+            step = make(**parts)
 
             def counted(lr, hr):
                 done.append(1)
@@ -273,8 +273,8 @@ def test_loss_that_is_not_finite_stops_the_run(tiny_networks, photos, tmp_path):
 def test_signal_saves_and_says_how_to_go_on(tiny_networks, photos, tmp_path, monkeypatch, capsys, number):
     make = train.make_pretrain_step
 
-    def interrupted(*args):
-        step, done = make(*args), []
+    def interrupted(**parts):
+        step, done = make(**parts), []
 
         def counted(lr, hr):
             done.append(1)
@@ -320,7 +320,7 @@ def test_a_discriminator_that_has_won_is_named_once(
     monkeypatch.setattr(train, "WON_AFTER", 2)
     names = ["Perceptual Loss", "Discriminator Loss", "Content Loss", "Adversarial Loss"]
     scalars = {**dict.fromkeys(names, 0.1), "D(HR)": d_hr, "D(SR)": 0.01}
-    monkeypatch.setattr(train, "make_gan_step", lambda *args: lambda lr, hr: scalars)
+    monkeypatch.setattr(train, "make_gan_step", lambda **parts: lambda lr, hr: scalars)
     train.train(flags(photos, tmp_path, "--STEPS", "100"))
     assert capsys.readouterr().err.count("the discriminator tells all images apart") == warnings
 
@@ -346,7 +346,7 @@ def test_out_of_memory_names_the_batch_size(tiny_networks, photos, tmp_path, mon
     def exhausted(lr, hr):
         raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
 
-    monkeypatch.setattr(train, "make_pretrain_step", lambda *args: exhausted)
+    monkeypatch.setattr(train, "make_pretrain_step", lambda **parts: exhausted)
     with pytest.raises(MemoryError, match="--BATCH_SIZE 4"):
         train.train(flags(photos, tmp_path))
 
@@ -414,7 +414,7 @@ def test_a_finished_phase_is_neither_trained_nor_announced_again(tiny_networks, 
 
 def test_two_runs_in_one_folder(tiny_networks, photos, tmp_path, monkeypatch):
     def second(*args):
-        with pytest.raises(OSError, match="another training run is using"):
+        with pytest.raises(OSError, match="another process is using"):
             train.train(flags(photos, tmp_path))
         raise KeyboardInterrupt
 

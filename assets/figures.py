@@ -262,18 +262,17 @@ def sheet(images, columns):
 
 
 def comparison(path):
-    """Draw one detail of a photograph, downscaled and upscaled again with the weights in weights/."""
+    """Draw one detail of the demo image, upscaled with the weights in weights/, beside the original."""
     import data
     import model
 
-    hr = data.read_rgb(ROOT / "assets" / "coffee.png")
-    lr = data.degrade(hr)
+    lr = data.read_rgb(ROOT / "input.jpg")
     images = {"bicubic": data.bicubic(lr)}
     for name in NAMES.values():
         generator = model.generator()
         model.load_weights(generator, ROOT / "weights" / f"{name.lower()}.weights.h5")
         images[name] = model.make_upscaler(generator)(lr)
-    images["original"] = hr
+    images["original"] = data.read_rgb(ROOT / "assets" / "coffee.png")
     sheet({name: image[10:210, 380:600] for name, image in images.items()}, 2).save(path, optimize=True)
 
 

@@ -268,10 +268,11 @@ def comparison(path):
 
     lr = data.read_rgb(ROOT / "input.jpg")
     images = {"bicubic": data.bicubic(lr)}
+    generator = model.generator()
+    upscale = model.make_upscaler(generator)
     for name in NAMES.values():
-        generator = model.generator()
         model.load_weights(generator, ROOT / "weights" / f"{name.lower()}.weights.h5")
-        images[name] = model.make_upscaler(generator)(lr)
+        images[name] = upscale(lr)
     images["original"] = data.read_rgb(ROOT / "assets" / "coffee.png")
     sheet({name: image[10:210, 380:600] for name, image in images.items()}, 2).save(path, optimize=True)
 

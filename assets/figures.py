@@ -1,12 +1,11 @@
-"""Make the README's figures in assets/: python3 assets/figures.py RUN_DIR [RUN_DIR ...]
+"""Make the README's figures in assets/ from a training run: python3 assets/figures.py RUN_DIR
 
-The curves and the moving picture are drawn from TensorBoard's logs of runs of main.py, RUN_DIR/logs/pretrain and
-RUN_DIR/logs/gan. Several runs, each from the weights of the one before (--weights), are drawn end to end. The drawing of
-the networks is made from model.py, the comparison with the weights in weights/. The curves need matplotlib, which the
-program itself does not, so it is not in requirements.txt: pip install matplotlib
+The curves and the animation are drawn from TensorBoard's logs in RUN_DIR/logs, the networks from model.py, and the
+comparison with the weights in weights/. Only the curves need matplotlib: pip install matplotlib
 """
 
 import argparse
+import importlib.util
 import io
 import itertools
 import re
@@ -16,17 +15,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import numpy as np  # noqa: E402
-from PIL import Image, ImageDraw, ImageFont  # noqa: E402
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
-from main import start_tensorflow  # noqa: E402
+from main import start_tensorflow
 
 NAMES = {"pretrain": "SRResNet", "gan": "SRGAN"}  # what the phases train
 
 # -------------------------------------------------------------------------------------------------------- the networks
 
 COLOURS = {  # fill and line
-    "picture": ("#f1f3f5", "#868e96"),
+    "image": ("#f1f3f5", "#868e96"),
     "convolution": ("#d0e3fa", "#3b78c4"),
     "normalisation": ("#e9e1f8", "#8767c4"),
     "activation": ("#fde6c4", "#d98a1c"),
@@ -37,9 +36,9 @@ WIDTH, HEIGHT = 880, 116  # of the drawing; of a box
 
 
 def parts(network):
-    """The boxes of a network's drawing, in order, as read from its layers: `(kind, text, label, picture size)`.
+    """Yield the boxes of a network's drawing from its layers, in order: `(kind, text, label, image size)`.
 
-    Of the residual blocks, which are all alike, the first. What it does not know raises KeyError.
+    Only the first of the residual blocks is drawn, since they are all alike. Raises KeyError for an unknown layer.
     """
     texts = {
         "BatchNormalization": ("normalisation", "BN"),
@@ -51,14 +50,14 @@ def parts(network):
     scale = 1  # of the generator's features: its layers have no fixed size
     for layer in network.operations:
         name = type(layer).__name__
-        if re.match(r"block(?!1_|1$)", layer.name) or name in ("Rescaling", "Flatten"):
+        if re.match(r"block(?!1_|1$)", layer.name) or name in ("Copy", "Rescaling", "Flatten"):
             continue
         size = f"{layer.output.shape[1]} × {layer.output.shape[2]}" if len(layer.output.shape) == 4 else ""
         if "None" in size:
             scale *= 1 + (name == "DepthToSpace")
             size = f"{scale}h × {scale}w".replace("1", "")  # h × w, 2h × 2w
         if name == "InputLayer":
-            yield "picture", {"lr": "LR", "hr": "HR or SR"}[layer.name], "", size
+            yield "image", {"lr": "LR", "hr": "HR or SR"}[layer.name], "", size
         elif name == "Conv2D":
             yield "convolution", "Conv", f"k{layer.kernel_size[0]}n{layer.filters}s{layer.strides[0]}", size
         elif name == "Dense":
@@ -71,7 +70,7 @@ def parts(network):
             yield "convolution", "Conv", f"k{layer.kernel.shape[0]}n{layer.kernel.shape[-1]}s1", size
         else:
             yield *texts[name], "", size
-    yield "picture", {"generator": "SR", "discriminator": "logit"}[network.name], "", size
+    yield "image", {"generator": "SR", "discriminator": "logit"}[network.name], "", size
 
 
 def draw_text(x, y, text, size=11, colour="#212529", turned=False, extra=""):
@@ -80,9 +79,9 @@ def draw_text(x, y, text, size=11, colour="#212529", turned=False, extra=""):
 
 
 def draw_network(network, top):
-    """One row of boxes, filling the drawing's width: `(SVG elements, the x of each box's middle, the boxes)`."""
+    """Draw one row of boxes over the full width. Returns the SVG elements, the x of each box's middle, the boxes."""
     boxes = list(parts(network))
-    widths = [18 if kind == "sum" else 24 if kind == "picture" else 20 for kind, *_ in boxes]
+    widths = [18 if kind == "sum" else 24 if kind == "image" else 20 for kind, *_ in boxes]
     gap = (WIDTH - 2 * 16 - sum(widths)) / (len(boxes) - 1)
     middle = top + HEIGHT / 2
     svg, centres, left = [], [], 16
@@ -98,9 +97,8 @@ def draw_network(network, top):
             )
         else:
             fill, line = COLOURS[kind]
-            svg.append(
-                f'<rect x="{left:.1f}" y="{top}" width="{width}" height="{HEIGHT}" rx="4" fill="{fill}" stroke="{line}"/>'
-            )
+            size = f'width="{width}" height="{HEIGHT}"'
+            svg.append(f'<rect x="{left:.1f}" y="{top}" {size} rx="4" fill="{fill}" stroke="{line}"/>')
             svg.append(draw_text(x, middle, text, turned=True))
         if label:
             svg.append(draw_text(x, top - 11, label, 10, "#495057"))
@@ -109,7 +107,7 @@ def draw_network(network, top):
 
 
 def draw_sizes(centres, boxes, y):
-    """Brackets below the boxes whose results have the same height and width."""
+    """Draw brackets below neighbouring boxes whose outputs have the same height and width."""
     svg, first = [], 0
     for size, group in itertools.groupby(size for *_, size in boxes):
         last = first + len(list(group)) - 1
@@ -122,7 +120,7 @@ def draw_sizes(centres, boxes, y):
 
 
 def architecture(path):
-    """Figure 4 of the paper, drawn from the networks of model.py."""
+    """Draw Figure 4 of the paper from the networks of model.py."""
     import model
 
     generator, discriminator = model.generator(), model.discriminator()
@@ -166,10 +164,7 @@ def architecture(path):
 
 
 def read(logs):
-    """TensorBoard's points in a folder: `{tag: [(step, value), ...]}`, a value being a float or an encoded picture.
-
-    No folder, no points.
-    """
+    """Read TensorBoard's points in a folder: `{tag: [(step, value), ...]}`. A value is a float or an encoded image."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.util import tensor_util
 
@@ -180,26 +175,9 @@ def read(logs):
 
     def value(tensor):
         array = tensor_util.make_ndarray(tensor)
-        return array[2] if array.shape else float(array)  # of a picture: width, height, PNG
+        return array[2] if array.shape else float(array)  # of an image: width, height, PNG
 
     return {tag: [(e.step, value(e.tensor_proto)) for e in events.Tensors(tag)] for tag in events.Tags()["tensors"]}
-
-
-def join(runs):
-    """The points of several runs as one, whose steps are counted on, and the steps at which the later ones began.
-
-    The crop is the first run's. Raises ValueError if another run watched another one.
-    """
-    points, starts, done = {}, [], 0
-    for run in runs:
-        if points:
-            starts.append(done)
-            if run["crop/HR"][0][1] != points["crop/HR"][0][1]:
-                raise ValueError("the runs watched different crops: they need the same pictures to validate on")
-        for tag, more in run.items():
-            points.setdefault(tag, []).extend((done + step, value) for step, value in more)
-        done = points["crop/SR"][-1][0]
-    return points, starts
 
 
 def smooth(values, window):
@@ -208,19 +186,26 @@ def smooth(values, window):
     return np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
 
 
-def curve(path, points, starts, title, label, scale="linear", best=False, guess=False):
-    """Draw the points of one scalar, with a line where each later run began. The same points give the same file.
+def curve(path, points, title, label, scale="linear", best=False, guess=False):
+    """Draw the points of one scalar as an SVG. The same points give the same file.
 
-    A loss is of one batch: it is drawn faintly, and over it the average of a twentieth of its points. PSNR is always of the
-    same pictures: with `best` it is drawn as it is, with its best. `guess` marks the loss of a discriminator that guesses.
+    A loss is noisy, since each point is one batch: it is drawn faintly, with its moving average on top.
+
+    Args:
+        path: the SVG file to write.
+        points: `[(step, value), ...]`
+        title, label: the texts above the plot and beside its vertical axis.
+        scale: of the vertical axis, "linear" or "log".
+        best: draw the values themselves and mark the highest, in dB.
+        guess: draw a line at 2 log 2, the loss of a discriminator that guesses.
     """
     import matplotlib
     from matplotlib import ticker
     from matplotlib.figure import Figure
 
-    line, mark, grey = COLOURS["convolution"][1], COLOURS["dense"][1], COLOURS["picture"][1]
+    line, mark, grey = COLOURS["convolution"][1], COLOURS["dense"][1], COLOURS["image"][1]
     steps, values = np.array(points).T
-    few = slice(None, None, max(1, len(values) // 1000))  # the points of a million steps would be megabytes
+    few = slice(None, None, max(1, len(values) // 1000))  # a million points would be megabytes
     paper = {"color": "white", "alpha": 0.8, "pad": 1}  # behind a text, over the curve
     settings = {"svg.hashsalt": "srgan", "font.size": 9, "axes.titlesize": 10.5, "axes.titleweight": "bold"}
     with matplotlib.rc_context(settings):
@@ -245,9 +230,7 @@ def curve(path, points, starts, title, label, scale="linear", best=False, guess=
         if guess:
             axes.axhline(2 * np.log(2), color=grey, linewidth=1, linestyle="--")
             place = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "bottom"}
-            axes.text(0.99, 2.04 * np.log(2), "2 log 2: it guesses", color=grey, bbox=paper, **place)
-        for start in starts:
-            axes.axvline(start, color=grey, linewidth=1, linestyle=":")
+            axes.text(0.99, 2.04 * np.log(2), "2 log 2: guessing", color=grey, bbox=paper, **place)
         axes.xaxis.set_major_locator(ticker.MaxNLocator(6))
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_title(title, loc="left")
@@ -259,44 +242,43 @@ def curve(path, points, starts, title, label, scale="linear", best=False, guess=
         figure.savefig(path, metadata={"Date": None})
 
 
-# ------------------------------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------------------------------------- images
 
-ZOOM, LABEL, GAP = 2, 28, 8  # each pixel becomes 2x2; the height of the captions, the space between columns
+ZOOM, LABEL, GAP = 2, 28, 8  # each pixel becomes 2x2; the height of a caption; the space between images
 
 
-def sheet(columns):
-    """Pictures side by side with a caption over each column: `{caption: [uint8 arrays, all of one square size]}`."""
-    side, rows = ZOOM * len(next(iter(columns.values()))[0]), len(next(iter(columns.values())))
-    whole = Image.new("RGB", (len(columns) * (side + GAP) - GAP, LABEL + rows * (side + GAP) - GAP), "white")
+def sheet(images, columns):
+    """A grid of images with a caption over each: `{caption: uint8 array}`, all of one size."""
+    height, width = (ZOOM * side for side in next(iter(images.values())).shape[:2])
+    rows = -(-len(images) // columns)
+    whole = Image.new("RGB", (columns * (width + GAP) - GAP, rows * (LABEL + height + GAP) - GAP), "white")
     draw, font = ImageDraw.Draw(whole), ImageFont.load_default(17)
-    for i, (caption, pictures) in enumerate(columns.items()):
-        left = i * (side + GAP)
-        draw.text((left + side // 2, LABEL // 2), caption, "black", font, anchor="mm")
-        for j, picture in enumerate(pictures):
-            large = Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST)
-            whole.paste(large, (left, LABEL + j * (side + GAP)))
+    for i, (caption, image) in enumerate(images.items()):
+        left, top = i % columns * (width + GAP), i // columns * (LABEL + height + GAP)
+        draw.text((left + width // 2, top + LABEL // 2), caption, "black", font, anchor="mm")
+        large = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
+        whole.paste(large, (left, top + LABEL))
     return whole
 
 
 def comparison(path):
-    """Two details of the demo picture, upscaled with the weights in weights/."""
+    """Draw one detail of the demo image, upscaled with the weights in weights/, beside the original."""
     import data
     import model
 
     lr = data.read_rgb(ROOT / "input.jpg")
-    pictures = {"bicubic": data.bicubic(lr)}
+    images = {"bicubic": data.bicubic(lr)}
+    generator = model.generator()
+    upscale = model.make_upscaler(generator)
     for name in NAMES.values():
-        generator = model.generator()
         model.load_weights(generator, ROOT / "weights" / f"{name.lower()}.weights.h5")
-        pictures[name] = model.make_upscaler(generator)(lr)
-    pictures["original"] = data.read_rgb(ROOT / "assets" / "astronaut.png")
-    details = np.s_[20:180, 150:310], np.s_[330:490, 300:460]
-    columns = {name: [picture[detail] for detail in details] for name, picture in pictures.items()}
-    sheet(columns).save(path, optimize=True)
+        images[name] = upscale(lr)
+    images["original"] = data.read_rgb(ROOT / "assets" / "coffee.png")
+    sheet({name: image[10:210, 380:600] for name, image in images.items()}, 2).save(path, optimize=True)
 
 
 def hardest_square(bicubic, hr, side):
-    """Where bicubic is furthest from the original, as two slices: there the training has most to do."""
+    """The square in which bicubic is furthest from the original, as two slices."""
     error = np.square(bicubic - hr.astype(float)).sum(2)
     total = np.pad(error.cumsum(0).cumsum(1), ((1, 0), (1, 0)))  # of all above and to the left
     total = total[side:, side:] - total[:-side, side:] - total[side:, :-side] + total[:-side, :-side]
@@ -305,7 +287,7 @@ def hardest_square(bicubic, hr, side):
 
 
 def frames(name, points, most=30):
-    """Bicubic, SR after some of the steps, and the original, in one square of the monitored crop."""
+    """Bicubic, the network's result after some of the steps, and the original, in one square of the validation crop."""
     import losses
 
     def decode(png):
@@ -315,35 +297,33 @@ def frames(name, points, most=30):
     part = hardest_square(bicubic, hr, min(144, *hr.shape[:2]))
     bicubic, hr = bicubic[part], hr[part]
     last = len(points["crop/SR"]) - 1
-    if last < most:
-        chosen = range(last + 1)
-    else:  # closer together at the beginning, where they change fastest
-        chosen = sorted({round(last * t**2) for t in np.linspace(0, 1, most)})
+    # closer together at the beginning, where they change fastest
+    chosen = range(last + 1) if last < most else sorted({round(last * t**2) for t in np.linspace(0, 1, most)})
     for step, png in (points["crop/SR"][i] for i in chosen):
         sr = decode(png)[part]
-        scores = (f"{losses.psnr(picture, hr):.2f} dB" for picture in (bicubic, sr))
-        captions = f"bicubic: {next(scores)}", f"{name}, step {step:,}: {next(scores)}", "original"
-        yield sheet({caption: [picture] for caption, picture in zip(captions, (bicubic, sr, hr))})
+        before, after = (f"{losses.psnr(image, hr):.2f} dB" for image in (bicubic, sr))
+        yield sheet({f"bicubic: {before}": bicubic, f"{name}, step {step:,}: {after}": sr, "original": hr}, 3)
 
 
 def video(path, logs):
-    """The training as a moving picture, in which each phase's last frame stays for a while."""
-    pictures, times = [], []
+    """Write the training as an animated WebP, which pauses on each phase's last frame."""
+    images, times = [], []
     for phase, points in logs.items():
-        pictures += frames(NAMES[phase], points)
-        times += [150] * (len(pictures) - len(times) - 1) + [2000]  # milliseconds
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=times, loop=0, quality=85, method=6)
+        images += frames(NAMES[phase], points)
+        times += [150] * (len(images) - len(times) - 1) + [2000]  # milliseconds
+    images[0].save(path, save_all=True, append_images=images[1:], duration=times, loop=0, quality=85, method=6)
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
 
-CURVES = {  # file: the phase, TensorBoard's tag, and what `curve` takes
+CURVES = {  # file: the phase, TensorBoard's tag, and the arguments of `curve`
     "PSNR.svg": ("pretrain", "PSNR", {"title": "SRResNet: validation PSNR", "label": "PSNR (dB)", "best": True}),
     "MSE_loss.svg": (
         "pretrain", "MSE Loss", {"title": "SRResNet: MSE loss", "label": "MSE, colours from −1 to 1", "scale": "log"},
     ),
     "perceptual_loss.svg": (
-        "gan", "Perceptual Loss", {"title": "SRGAN: perceptual loss", "label": "content + 0.001 adversarial + 10 colour"},
+        "gan", "Perceptual Loss",
+        {"title": "SRGAN: perceptual loss", "label": "content + 0.001 adversarial + 10 colour"},
     ),
     "discriminator_loss.svg": (
         "gan", "Discriminator Loss",
@@ -353,45 +333,33 @@ CURVES = {  # file: the phase, TensorBoard's tag, and what `curve` takes
 
 
 def main(argv=None, folder=ROOT / "assets"):
-    parser = argparse.ArgumentParser(description="Make the README's figures in assets/.")
-    parser.add_argument(
-        "runs", metavar="RUN_DIR", type=Path, nargs="+", help="folders of runs of main.py, in their order"
-    )
-    args = parser.parse_args(argv)
-    for run in args.runs:
-        if not (run / "logs").is_dir():
-            parser.exit(2, f"figures.py: there is no folder {run / 'logs'}\n")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        parser.exit(2, "figures.py: the curves need matplotlib: pip install matplotlib\n")
+    """Make the figures of the run that `argv` names in `folder`. Returns the exit code."""
+    parser = argparse.ArgumentParser(description="Make the README's figures in assets/ from a training run.")
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="the --run_dir of a run of main.py")
+    logs_dir = parser.parse_args(argv).run_dir / "logs"
+    if not logs_dir.is_dir():
+        parser.exit(2, f"figures.py: no such folder: {logs_dir}\n")
 
     start_tensorflow()
-    logs, starts = {}, {}
+    logs = {}
     for phase, name in NAMES.items():
-        needed = {"crop/bicubic", "crop/SR", "crop/HR"} | {tag for of, tag, _ in CURVES.values() if of == phase}
-        whole = []
-        for run in args.runs:
-            points = read(run / "logs" / phase)
-            if needed <= points.keys():
-                whole.append(points)
-            elif points:  # cut off early
-                print(f"Skipped {run / 'logs' / phase}: it holds no {', '.join(sorted(needed - points.keys()))}")
-        if not whole:
-            print(f"Skipped {name}'s curves and pictures: there are no whole logs of it")
-            continue
-        try:
-            logs[phase], starts[phase] = join(whole)
-        except ValueError as error:
-            parser.exit(2, f"figures.py: {error}\n")
+        points = read(logs_dir / phase)
+        tags = {"crop/bicubic", "crop/SR", "crop/HR"} | {tag for of, tag, _ in CURVES.values() if of == phase}
+        if tags <= points.keys():
+            logs[phase] = points
+        else:
+            print(f"Skipped {name}: {logs_dir / phase} has no {', '.join(sorted(tags - points.keys()))}")
 
     def make(name, draw, *args, **kwargs):
         draw(folder / name, *args, **kwargs)
         print(folder / name, flush=True)
 
-    for name, (phase, tag, looks) in CURVES.items():
-        if phase in logs:
-            make(name, curve, logs[phase][tag], starts[phase], **looks)
+    if importlib.util.find_spec("matplotlib"):
+        for name, (phase, tag, looks) in CURVES.items():
+            if phase in logs:
+                make(name, curve, logs[phase][tag], **looks)
+    else:
+        print("Skipped the curves, which need matplotlib: pip install matplotlib")
     if logs:
         make("train_video.webp", video, logs)
     make("architecture.svg", architecture)

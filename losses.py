@@ -1,7 +1,7 @@
 """What SRGAN is trained on and measured by: the losses of Ledig et al. 2017, section 2.2, and PSNR and SSIM.
 
-Losses take batches of RGB pictures, `(batch, height, width, 3)` float32 from 0 to 255, or discriminator logits, and
-return a scalar. Metrics take two pictures, `(height, width, 3)` uint8.
+Losses take batches of RGB images, `(batch, height, width, 3)` float32 from 0 to 255, or discriminator logits, and
+return a scalar. Metrics take two images, `(height, width, 3)` uint8.
 """
 
 import warnings
@@ -18,28 +18,35 @@ def mse_loss(hr, sr):
     return tf.reduce_mean(tf.square((hr - sr) / 127.5))
 
 
-# VGG19's features are scaled before they are compared (section 3.2). 1/12.75 is the paper's factor and fits
-# block5_conv4 (its VGG54). Shallower layers have larger features, beside which the adversarial loss would vanish: their
-# factors bring the content loss of a pre-trained generator to the 0.07 that it has at block5_conv4.
+# VGG19's features are scaled before they are compared (section 3.2). The paper's factor, 1/12.75, is for block5_conv4
+# (its VGG54). Shallower layers have larger features, beside which the adversarial loss would vanish: their factors bring
+# the content loss of a pre-trained generator to the 0.07 that it has at block5_conv4.
 FEATURE_SCALES = {"block2_conv2": 1 / 510, "block3_conv4": 1 / 1600, "block5_conv4": 1 / 12.75}
 
 VGG_FILE = "vgg19_weights_tf_dim_ordering_tf_kernels_notop.h5"
 VGG_URL = "https://storage.googleapis.com/tensorflow/keras-applications/vgg19/" + VGG_FILE
 
 
-def vgg_features(layer, weights=None, precision="float32"):
-    """The map phi of equation 5: VGG19 up to `layer` (after its ReLU), frozen, pictures to scaled features.
+def vgg_features(layer: str, weights=None, precision: str = "float32") -> keras.Model:
+    """The map phi of equation 5: VGG19 up to `layer` (after its ReLU), frozen, from images to scaled features.
 
-    `weights` is Keras's `notop` file or a `.weights.h5` of a VGG19 that is at least as deep as `layer`; None: Keras's
-    download. Returns a model from `(batch, h, w, 3)`, 0 to 255, to `(batch, h / 2^k, w / 2^k, channels)`, float32; with
-    `precision` "bfloat16" the convolutions are computed in that.
-    Raises ValueError if the file doesn't fit, OSError if it can't be read or downloaded.
+    Args:
+        layer: a key of `FEATURE_SCALES`.
+        weights: Keras's `notop` file, or a `.weights.h5` of a VGG19 at least as deep as `layer`. None: Keras's download.
+        precision: with "bfloat16", the convolutions are computed in it.
+
+    Returns:
+        A model from `(batch, h, w, 3)`, 0 to 255, to `(batch, h / 2^k, w / 2^k, channels)` float32.
+
+    Raises:
+        ValueError: if the file is damaged or doesn't fit.
+        OSError: if it can't be read or downloaded.
     """
     try:
         vgg = keras.applications.VGG19(include_top=False, weights=None if weights else "imagenet")
     except Exception as error:  # Keras raises a bare Exception when a download fails
         raise OSError(
-            f"no VGG19 weights ({error}): put {VGG_URL} into ~/.keras/models, or give the file with --vgg_weights"
+            f"can't get the VGG19 weights ({error}): put {VGG_URL} into ~/.keras/models, or name a file by --vgg_weights"
         ) from error
     whole_file = weights and not str(weights).endswith(".weights.h5")
     if whole_file:
@@ -52,7 +59,7 @@ def vgg_features(layer, weights=None, precision="float32"):
         for each in vgg.layers:
             each.dtype_policy = "mixed_bfloat16"
     rgb = keras.Input((None, None, 3))
-    bgr = keras.applications.vgg19.preprocess_input(rgb)  # minus ImageNet's mean, as the network was trained
+    bgr = keras.applications.vgg19.preprocess_input(rgb)  # minus ImageNet's mean, as in VGG19's training
     features = keras.layers.Rescaling(FEATURE_SCALES[layer])(vgg(bgr))
     model = keras.Model(rgb, features, name="vgg_features")
     model.trainable = False
@@ -62,26 +69,24 @@ def vgg_features(layer, weights=None, precision="float32"):
 def _load_vgg(vgg, weights, layer):
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # on layers without weights, which files of older Keras lack
+            warnings.simplefilter("ignore", UserWarning)  # on layers without weights, which older files lack
             vgg.load_weights(weights)
-    except OSError as error:
-        raise OSError(f"can't read the VGG19 weights {weights}: {error}") from error
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{weights} doesn't hold VGG19's weights up to {layer}") from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:  # h5py raises RuntimeError on a damaged header
+        raise ValueError(f"{weights} is damaged, or doesn't hold VGG19's weights up to {layer}") from error
 
 
 def content_loss(features_hr, features_sr):
-    """Equation 5: the distance of the feature maps."""
+    """Equation 5: the mean squared difference of the feature maps."""
     return tf.reduce_mean(tf.square(features_hr - features_sr))
 
 
 def adversarial_loss(logits_sr):
-    """Equation 6: -log D(SR), low when the discriminator takes the generator's pictures for real ones."""
+    """Equation 6: -log D(SR), low when the discriminator takes the generator's images for originals."""
     return tf.reduce_mean(tf.nn.softplus(-logits_sr))  # softplus(-x) is -log(sigmoid(x)), without overflow
 
 
 def discriminator_loss(logits_hr, logits_sr):
-    """Equation 2: -log D(HR) - log(1 - D(SR)), low when real and generated pictures are told apart."""
+    """Equation 2: -log D(HR) - log(1 - D(SR)), low when originals and generated images are told apart."""
     return tf.reduce_mean(tf.nn.softplus(-logits_hr)) + tf.reduce_mean(tf.nn.softplus(logits_sr))
 
 
@@ -104,29 +109,29 @@ def colour_loss(hr, sr):
 
 
 def perceptual_loss(content, adversarial, colour):
-    """Equation 3, and the colours."""
+    """Equation 3, plus the colour loss."""
     return content + 1e-3 * adversarial + 10 * colour
 
 
 # ----------------------------------------------------------------------------------------------------------- metrics
 
 
-def luma(picture):
-    """RGB `(h, w, 3)` uint8 to the Y of BT.601, `(h, w)` float64 from 16 to 235, as MATLAB's rgb2ycbcr without rounding."""
-    return 16 + picture @ np.array([65.481, 128.553, 24.966]) / 255
+def luma(image):
+    """The Y of BT.601, 16 to 235, of RGB `(h, w, 3)` uint8: `(h, w)` float64, MATLAB's rgb2ycbcr without rounding."""
+    return 16 + image @ np.array([65.481, 128.553, 24.966]) / 255
 
 
-def _inner_luma(picture, border):
-    return luma(picture)[border : picture.shape[0] - border, border : picture.shape[1] - border]
+def _inner_luma(image, border):
+    return luma(image)[border : image.shape[0] - border, border : image.shape[1] - border]
 
 
 def psnr(sr, hr, border=4):
-    """Peak signal-to-noise ratio in dB, on Y, without `border` pixels at each side (section 3.1). Equal pictures: inf."""
+    """Peak signal-to-noise ratio of Y in dB, without `border` pixels at each side (section 3.1); inf if equal."""
     mse = np.mean(np.square(_inner_luma(sr, border) - _inner_luma(hr, border)))
     return 10 * np.log10(255**2 / mse) if mse else np.inf
 
 
 def ssim(sr, hr, border=4):
-    """Structural similarity (Wang et al. 2004: Gaussian window of 11x11, sigma 1.5), on Y as `psnr`."""
-    sr, hr = (tf.constant(_inner_luma(picture, border)[None, ..., None], tf.float64) for picture in (sr, hr))
+    """Structural similarity of Y (Wang et al. 2004: 11x11 Gaussian window, sigma 1.5), without the border."""
+    sr, hr = (tf.constant(_inner_luma(image, border)[None, ..., None], tf.float64) for image in (sr, hr))
     return float(tf.image.ssim(sr, hr, max_val=255.0)[0])

@@ -32,14 +32,23 @@ def test_perceptual_loss():
     assert float(losses.perceptual_loss(tf.constant(2.0), tf.constant(5.0), tf.constant(0.3))) == pytest.approx(5.005)
 
 
-def test_colour_loss_sees_a_colour_and_a_grid_and_no_texture():
+def test_colour_loss_sees_luma_and_grids_and_no_luma_texture():
     hr = tf.fill((1, 8, 8, 3), 100.0)
     assert float(losses.colour_loss(hr, hr + 12.75)) == pytest.approx(0.01 + 10 * 0.01)
     block = np.zeros((4, 4, 1))
     block[0, 0], block[2, 2] = 127.5, -127.5
     grid, texture = np.tile(block, (2, 2, 1)), np.block([[[block], [-block]], [[-block], [block]]])
     assert float(losses.colour_loss(hr, hr + grid[None])) == pytest.approx(10 * 2 / 16)
-    assert float(losses.colour_loss(hr, hr + texture[None])) == 0
+    assert float(losses.colour_loss(hr, hr + texture[None])) == pytest.approx(0)
+
+
+@pytest.mark.parametrize("shift", [(2, -1, -1), (-1, 2, -1), (-1, -1, 2), (1, -1, 0)])
+def test_colour_loss_sees_chroma_at_each_pixel(shift):
+    """Even where the next pixel has the opposite error, which no mean over pixels sees."""
+    checks = np.where(np.indices((8, 8)).sum(0) % 2, 1, -1)[..., None]
+    hr = np.full((1, 8, 8, 3), 100, np.float32)
+    sr = hr + np.float32(12.75 * checks * shift)
+    assert float(losses.colour_loss(hr, sr)) == pytest.approx(0.01 * np.mean(np.square(shift)), rel=1e-5)
 
 
 def test_vgg_features_are_the_networks_own(vgg_weights):
@@ -57,8 +66,17 @@ def test_vgg_features_are_the_networks_own(vgg_weights):
         x = np.maximum(np.einsum("hwcij,ijco->hwo", windows, kernel) + bias, 0)
     vgg = losses.vgg_features("block2_conv2", vgg_weights)
     features = vgg(make_picture(0, 16, 16)[None].astype(np.float32))[0]
-    np.testing.assert_allclose(features, x * losses.FEATURE_SCALES["block2_conv2"], rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(features, x / 510, rtol=1e-3, atol=1e-5)
     assert not vgg.trainable_variables
+
+
+def test_vgg54_has_the_papers_scale(tmp_path):
+    """Section 3.2: features of block5_conv4 times 1/12.75. With all kernels 0 they are the last bias."""
+    vgg = keras.applications.VGG19(include_top=False, weights=None)
+    vgg.set_weights([np.zeros_like(w) if w.ndim == 4 else np.full_like(w, 3.0) for w in vgg.get_weights()])
+    vgg.save_weights(tmp_path / "vgg.weights.h5")
+    features = losses.vgg_features("block5_conv4", tmp_path / "vgg.weights.h5")(np.zeros((1, 32, 32, 3), np.float32))
+    np.testing.assert_allclose(features, np.full((1, 2, 2, 512), 3 / 12.75), rtol=1e-6)
 
 
 def test_vgg_in_bfloat16_compares_in_float32(vgg_weights):
@@ -135,7 +153,10 @@ def test_ssim_against_numpy():
     a, b = (
         np.lib.stride_tricks.sliding_window_view(losses.luma(picture)[4:-4, 4:-4], (11, 11)) for picture in (sr, hr)
     )
-    mean = lambda x: (x * window).sum((-1, -2))
+
+    def mean(x):
+        return (x * window).sum((-1, -2))
+
     ma, mb = mean(a), mean(b)
     va, vb, cov = mean(a * a) - ma**2, mean(b * b) - mb**2, mean(a * b) - ma * mb
     c1, c2 = 2.55**2, 7.65**2

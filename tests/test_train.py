@@ -26,8 +26,8 @@ def tiny_networks(monkeypatch, tmp_path):
 
 
 def flags(photos, run_dir, *more):
-    common = f"--data_dir {photos} --run_dir {run_dir} --BATCH_SIZE 4 --PREGENSTEPS 12 --STEPS 8 --save_every 5 --eval_every 4"
-    return main.parse([*common.split(), *more])
+    common = "--BATCH_SIZE 4 --PREGENSTEPS 12 --STEPS 8 --save_every 5 --eval_every 4".split()
+    return main.parse(["--data_dir", str(photos), "--run_dir", str(run_dir), *common, *more])
 
 
 def batch(size=2):
@@ -224,8 +224,8 @@ def test_curves_and_pictures_of_a_run(tiny_networks, photos, tmp_path):
     pictures = {"crop/bicubic", "crop/SR", "crop/HR"}
     assert {tag for tag, _ in pretrain} == {"MSE Loss", "PSNR"} | pictures
     assert {tag for tag, _ in gan} == {
-        "Perceptual Loss", "Discriminator Loss", "Content Loss", "Adversarial Loss", "Colour Loss", "D(HR)", "D(SR)", "PSNR",
-        "Validation Content Loss",
+        "Perceptual Loss", "Discriminator Loss", "Content Loss", "Adversarial Loss", "Colour Loss", "D(HR)", "D(SR)",
+        "PSNR", "Validation Content Loss",
     } | pictures  # fmt: skip
     assert [step for tag, step in pretrain if tag == "PSNR"] == [0, 4, 8, 12]
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == [

@@ -1,4 +1,4 @@
-"""Networks of a few weights in place of the real ones, here and in processes of their own: `python3 tests/tiny.py FLAGS`."""
+"""Networks of a few weights in place of the real ones, here and in new processes: `python3 tests/tiny.py FLAGS`."""
 
 import os
 import sys
@@ -43,7 +43,7 @@ def vgg_features(layer="", weights=None, precision="float32"):
 
 
 def use(patch, folder):
-    """Let the program use them, and `folder` for what it keeps. `patch(module, name, value)`: setattr, or monkeypatch's."""
+    """Let the program use them, and `folder` for prepared images. `patch` is setattr, or monkeypatch's."""
     patch(model, "generator", generator)
     patch(model, "discriminator", discriminator)
     patch(losses, "vgg_features", vgg_features)

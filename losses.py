@@ -19,8 +19,8 @@ def mse_loss(hr, sr):
 
 
 # VGG19's features are scaled before they are compared (section 3.2). The paper's factor, 1/12.75, is for block5_conv4
-# (its VGG54). Shallower layers have larger features, beside which the adversarial loss would vanish: their factors bring
-# the content loss of a pre-trained generator to the 0.07 that it has at block5_conv4.
+# (its VGG54). Shallower layers have larger features, beside which the adversarial loss would vanish: their factors
+# bring the content loss of a pre-trained generator to the 0.07 that it has at block5_conv4.
 FEATURE_SCALES = {"block2_conv2": 1 / 510, "block3_conv4": 1 / 1600, "block5_conv4": 1 / 12.75}
 
 VGG_FILE = "vgg19_weights_tf_dim_ordering_tf_kernels_notop.h5"
@@ -32,7 +32,7 @@ def vgg_features(layer: str, weights=None, precision: str = "float32") -> keras.
 
     Args:
         layer: a key of `FEATURE_SCALES`.
-        weights: Keras's `notop` file, or a `.weights.h5` of a VGG19 at least as deep as `layer`. None: Keras's download.
+        weights: Keras's `notop` file, or a `.weights.h5` of a VGG19 as deep as `layer`. None: Keras's download.
         precision: with "bfloat16", the convolutions are computed in it.
 
     Returns:
@@ -46,7 +46,7 @@ def vgg_features(layer: str, weights=None, precision: str = "float32") -> keras.
         vgg = keras.applications.VGG19(include_top=False, weights=None if weights else "imagenet")
     except Exception as error:  # Keras raises a bare Exception when a download fails
         raise OSError(
-            f"can't get the VGG19 weights ({error}): put {VGG_URL} into ~/.keras/models, or name a file by --vgg_weights"
+            f"can't get the VGG19 weights ({error}): put {VGG_URL} into ~/.keras/models, or use --vgg_weights"
         ) from error
     whole_file = weights and not str(weights).endswith(".weights.h5")
     if whole_file:

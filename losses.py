@@ -23,6 +23,8 @@ def mse_loss(hr, sr):
 # bring the content loss of a pre-trained generator to the 0.07 that it has at block5_conv4.
 FEATURE_SCALES = {"block2_conv2": 1 / 510, "block3_conv4": 1 / 1600, "block5_conv4": 1 / 12.75}
 
+IMAGENET_MEAN = np.float32([103.939, 116.779, 123.68])  # of B, G and R
+
 VGG_FILE = "vgg19_weights_tf_dim_ordering_tf_kernels_notop.h5"
 VGG_URL = "https://storage.googleapis.com/tensorflow/keras-applications/vgg19/" + VGG_FILE
 
@@ -59,7 +61,7 @@ def vgg_features(layer: str, weights=None, precision: str = "float32") -> keras.
         for each in vgg.layers:
             each.dtype_policy = "mixed_bfloat16"
     rgb = keras.Input((None, None, 3))
-    bgr = keras.applications.vgg19.preprocess_input(rgb)  # minus ImageNet's mean, as in VGG19's training
+    bgr = keras.ops.flip(rgb, axis=-1) - IMAGENET_MEAN  # Keras's preprocess_input, in one use of the image
     features = keras.layers.Rescaling(FEATURE_SCALES[layer])(vgg(bgr))
     model = keras.Model(rgb, features, name="vgg_features")
     model.trainable = False

@@ -423,22 +423,24 @@ class PreparedImages:
     def __init__(self, paths: dict[str, Path]):
         self.names, self.paths = list(paths), list(paths.values())
         self.fingerprint = digest([path.name for path in self.paths])
-        # Each mapped file takes a descriptor: half of them may be taken, by two sets of images together.
-        limit = os.sysconf("SC_OPEN_MAX") // 4 if hasattr(os, "sysconf") else None
-        self.open = functools.lru_cache(limit)(open_prepared)
         self.sizes = np.array([lr.shape[:2] for lr, _ in self])
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, i):
-        return self.open(self.paths[i])
+        return keep_open(self.paths[i])
 
 
 def open_prepared(path):
     array = np.load(path, mmap_mode="r").view(np.ndarray)
     _, h, w, _ = array.shape
     return array[0].view(np.uint8), array[1:].view(np.uint8).reshape(SCALE * h, SCALE * w, 3)
+
+
+# A mapped file takes a file descriptor, and something else may need some, too.
+DESCRIPTORS = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else 2048
+keep_open = functools.lru_cache(max(DESCRIPTORS - 256, DESCRIPTORS // 4))(open_prepared)
 
 
 def digest(made_from):

@@ -6,6 +6,7 @@ import http.server
 import io
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -186,13 +187,11 @@ def test_prepared_files_are_the_users_own(tmp_path, folder):
 def test_more_images_than_files_may_be_open(tmp_path):
     photos = save(tmp_path / "photos", {f"{i}.png": noise(96, 96, i) for i in range(200)})
     code = """
-import resource
-resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
 for images in data.load(sys.argv[2]):
     assert all((hr[::4, ::4].shape == lr.shape for lr, hr in images)), images
     print(len(images), file=sys.stderr)
 """
-    process = run(code, photos)
+    process = run(code, photos, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100)))
     lines = process.communicate()[1].decode().splitlines()
     assert process.returncode == 0 and lines[-2:] == ["194", "6"], lines
 
@@ -282,7 +281,7 @@ def test_the_split_of_a_plain_folder_is_stable(tmp_path, monkeypatch, count, kep
     np.testing.assert_array_equal(valid[0][1], noise(96, 96, number))
 
 
-def run(code, *arguments):
+def run(code, *arguments, **options):
     """Start Python on `code`, with `data.FOLDER` as in this test, to be killed or waited for."""
     settings = {name: getattr(data, name) for name in ("DIV2K", "DIV2K_URL")} | {"FOLDER": str(data.FOLDER)}
     code = f"""
@@ -293,7 +292,7 @@ data.FOLDER, data.DIV2K, data.DIV2K_URL = pathlib.Path(settings["FOLDER"]), sett
 {code}
 """
     command = [sys.executable, "-c", code, json.dumps(settings), *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, **options)
 
 
 KILL = """

@@ -3,8 +3,10 @@
 Pictures are RGB, NHWC, 0 to 255 on both sides of a network; each rescales inside itself.
 """
 
+import tempfile
 import warnings
 from functools import partial
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -175,22 +177,51 @@ def discriminator(precision="float32"):
 # ------------------------------------------------------------------------------------------------- weights from files
 
 
-def load_weights(network, path):
-    """Load a `.weights.h5` file. Raises ValueError if it is none, or doesn't fit `network`."""
+def load_weights(network: keras.Model, path: str | Path) -> None:
+    """Load a `.weights.h5` file. Raises ValueError if it is none, doesn't fit `network`, or holds NaN or infinity."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what Keras says of a file that doesn't fit, before it raises
+            warnings.simplefilter("ignore")  # Keras warns of a file that doesn't fit, before it raises
             network.load_weights(path)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # Keras and h5py raise a dozen kinds on damaged files
         raise ValueError(f"{path} doesn't hold weights of the {network.name}") from error
+    if not all(np.isfinite(weight).all() for weight in network.get_weights()):
+        raise ValueError(f"{path} holds weights that are not finite: the training that made it had failed")
 
 
-def load_blend(network, srresnet, srgan, amount):
+def load_blend(network: keras.Model, srresnet: str | Path, srgan: str | Path, amount: float) -> None:
     """Load weights between those of two files: `amount` 0 is all SRResNet, 1 all SRGAN. Raises as `load_weights`."""
     load_weights(network, srresnet)
     start = network.get_weights()
     load_weights(network, srgan)
     network.set_weights([(1 - amount) * a + amount * b for a, b in zip(start, network.get_weights())])
+
+
+# ----------------------------------------------------------------------------------------- weights for other programs
+
+
+def export(network: keras.Model, path: str | Path) -> None:
+    """Write the generator as LiteRT (`.tflite`), ONNX (`.onnx`, with tf2onnx), or else as a SavedModel folder.
+
+    It takes `(1, height, width, 3)` float32 RGB, 0 to 255, of any size, and returns `(1, 4 * height, 4 * width, 3)`,
+    clipped to 0 to 255. Written to a temporary name, then renamed; an existing file or folder is replaced. Raises
+    OSError if it can't be written.
+    """
+    path = Path(path)
+    formats = {".tflite": "litert", ".onnx": "onnx"}
+    clipped = keras.Model(network.input, keras.ops.clip(network.output, 0, 255), name=network.name)
+    signature = [tf.TensorSpec((1, None, None, 3), tf.float32, name="lr")]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".srgan-", dir=path.parent) as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the converters, about themselves
+        new = Path(folder) / f"new{path.suffix.lower()}"
+        try:
+            clipped.export(new, formats.get(new.suffix, "tf_saved_model"), verbose=False, input_signature=signature)
+        except tf.errors.OpError as error:
+            raise OSError(f"can't write {path}: {error.message.splitlines()[0]}") from error
+        if path.is_dir():
+            path.replace(Path(folder) / "old")
+        new.replace(path)
 
 
 # ----------------------------------------------------------------------------- the generator on a picture of any size
@@ -251,12 +282,12 @@ def make_upscaler(model, ensemble=False, trunk_tile=768, tail_tile=128):
         `upscale(lr, progress)`: `(h, w, 3)` or `(h, w, 1)` uint8 or uint16 to `(4h, 4w, same)` of the same type.
         `progress(n)` is called when `n` more LR pixels are done, a float.
     """
+    trunk = model.get_layer("trunk").output
     run_trunk, run_tail = (
-        tf.function(partial(part, training=False), input_signature=[tf.TensorSpec((1, None, None, channels))])
-        for part, channels in (
-            (keras.Model(model.input, model.get_layer("trunk").output), 3),
-            (keras.Model(model.get_layer("trunk").output, model.output), 64),
+        tf.function(
+            partial(part, training=False), input_signature=[tf.TensorSpec((1, *part.input.shape[1:]), part.input.dtype)]
         )
+        for part in (keras.Model(model.input, trunk), keras.Model(trunk, model.output))
     )  # each traced once for all sizes
 
     def run(lr, keep, done):
@@ -274,6 +305,7 @@ def make_upscaler(model, ensemble=False, trunk_tile=768, tail_tile=128):
     def upscale(lr, progress=lambda n: None):
         height, width, channels = lr.shape
         unit = np.float32(np.iinfo(lr.dtype).max / 255)
+        neutral = (lr == lr[..., :1]).all()
         sr = np.empty((SCALE * height, SCALE * width, channels), lr.dtype)
         for tile, part in grid(height, width, trunk_tile, TRUNK_HALO + TAIL_HALO):
             x = lr[tile] / unit
@@ -283,7 +315,7 @@ def make_upscaler(model, ensemble=False, trunk_tile=768, tail_tile=128):
                 y = _mean_of_turns(run, x, keep, lambda share: progress(share / 8 * area(part)))
             else:
                 y = run(x, keep, lambda share: progress(share * area(part)))
-            if channels == 1:
+            if neutral:
                 y = y.mean(axis=-1, keepdims=True)
             sr[times(SCALE, part)] = np.rint(np.clip(y, 0, 255) * unit)
         return sr

@@ -7,7 +7,6 @@ All flags and files are checked before TensorFlow is imported, so `-h` and mista
 import argparse
 import importlib.util
 import io
-import itertools
 import json
 import os
 import re
@@ -190,8 +189,9 @@ def find_jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
     for image in images:
         name = image.name
         if image.suffix.lower() not in data.FORMATS:  # GIF has too few colours: a PNG with a name of its own
-            free = itertools.chain([f"{image.stem}.png"], (name + n * ".png" for n in itertools.count(1)))
-            name = next(name for name in free if name.casefold() not in names)
+            name = f"{image.stem}.png"
+            while name.casefold() in names:
+                name = f"{image.name}.png" if name == f"{image.stem}.png" else f"{name}.png"
             names.add(name.casefold())
         jobs.append((image, target / name))
     return jobs
@@ -272,22 +272,11 @@ def check_resuming(run_dir: Path, args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------------------------- the modes
 
 
-def load_generator(args: argparse.Namespace, weights: list[Path]):
-    import model
-
-    generator = model.generator(args.precision)
-    if args.blend is None:
-        model.load_weights(generator, *weights)
-    else:
-        model.load_blend(generator, *weights, args.blend)
-    return generator
-
-
 def upscale(args: argparse.Namespace, weights: list[Path], jobs: list[tuple[Path, Path]]) -> int:
     """`--pretrained`: write each image four times larger. Returns the exit code."""
     import model
 
-    upscaler = model.make_upscaler(load_generator(args, weights), args.ensemble)
+    upscaler = model.make_upscaler(model.load_generator(weights, args.blend, args.precision), args.ensemble)
     failed = 0
     for source, target in tqdm(jobs, unit="image", disable=len(jobs) == 1):
         try:
@@ -326,7 +315,7 @@ def evaluate(args: argparse.Namespace, weights: list[Path], pairs: list[tuple[st
     def row(name, scores):
         print(f"{name[:24]:24}" + "  ".join(f"{psnr:7.2f}  {ssim:.4f}" for psnr, ssim in scores))
 
-    upscaler = model.make_upscaler(load_generator(args, weights), args.ensemble)
+    upscaler = model.make_upscaler(model.load_generator(weights, args.blend, args.precision), args.ensemble)
     print(f"{'':24}      bicubic          model\n{'':24}   PSNR    SSIM     PSNR    SSIM")
     table = []  # (images, 2, 2): bicubic and model, PSNR and SSIM
     for name, hr_path, lr_path in pairs:
@@ -350,7 +339,7 @@ def export(args: argparse.Namespace, weights: list[Path]) -> int:
     """`--export`: write the generator for other programs. Returns the exit code."""
     import model
 
-    model.export(load_generator(args, weights), args.export)
+    model.export(model.load_generator(weights, args.blend), args.export)
     print(f"exported to {args.export}")
     return 0
 

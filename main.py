@@ -1,377 +1,401 @@
-"""SRGAN from the command line: train it, upscale pictures with it, score it (Ledig et al. 2017, arXiv:1609.04802).
+"""The command line of SRGAN (Ledig et al. 2017, arXiv:1609.04802): train, upscale, evaluate, export.
 
-Every flag is checked here before TensorFlow is imported, so that `-h` and a mistake answer at once. Exit codes: 0 done,
-1 failed on the way, 2 refused before any work, 130 interrupted. `python3 -X dev main.py ...` shows the traceback of a failure.
+All flags and files are checked before TensorFlow is imported, so `-h` and mistakes are answered at once. Exit codes:
+0 done, 1 failed, 2 refused before any work, 130 interrupted. `python3 -X dev main.py` shows the traceback of a failure.
 """
 
 import argparse
+import importlib.util
+import io
 import json
-import math
 import os
+import re
+import signal
 import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from tqdm import tqdm
+
 WEIGHTS = Path(__file__).resolve().parent / "weights"
-VGG_LAYERS = ("block2_conv2", "block3_conv4", "block5_conv4")
-# what a run keeps from beginning to end; learning rates may change, and numbers of steps grow
-KEPT_OPTIONS = ("BATCH_SIZE", "data_dir", "weights", "vgg_layer", "precision", "ema", "jpeg", "seed")
+RESULTS = ("srresnet.weights.h5", "srgan.weights.h5")  # of a run, in its folder
+ERRORS = (OSError, ValueError, ArithmeticError, MemoryError)  # one line each; any other exception is a bug
+
+# The flags that each mode takes. Without one of these modes, the program trains.
+MODES = {
+    "--pretrained": {"--input", "--output", "--weights", "--blend", "--ensemble", "--precision"},
+    "--evaluate": {"--json", "--weights", "--blend", "--ensemble", "--precision"},
+    "--export": {"--weights", "--blend"},
+}
+NOT_IN_TRAINING = set.union(*MODES.values()) - {"--weights", "--precision"}
+
+# What must stay the same when a run is resumed, and what once the GAN has begun.
+KEPT_OPTIONS = ("BATCH_SIZE", "data_dir", "weights", "precision", "ema", "jpeg", "seed")
+KEPT_BY_GAN = ("PREGENSTEPS", "vgg_layer")
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        """One line and exit code 2, without argparse's page of usage."""
-        self.exit(2, f"{self.prog}: {message}\n")
+        """Exit with code 2 after one line, without argparse's usage text."""
+        self.exit(2, f"main.py: {message}\n")
 
 
-class Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that say something: not those of switches, nor those which the text explains."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
-
-
-def number(kind, low, high=math.inf, low_excluded=False):
-    """An argparse type: a finite `kind` from `low` to `high`."""
+def number(kind: type, low: float, high: float) -> Callable:
+    """An argparse type: a `kind` from `low` to `high`."""
 
     def convert(text):
-        value = kind(text)
-        if not math.isfinite(value) or not low <= value <= high or (low_excluded and value == low):
+        if not low <= (value := kind(text)) <= high:
             raise ValueError
         return value
 
-    bounds = f"{'above' if low_excluded else 'from'} {low}" + (f" to {high}" if high < math.inf else "")
-    convert.__name__ = f"{'whole number' if kind is int else 'number'} {bounds}"  # argparse: "invalid NAME value: ..."
+    convert.__name__ = f"{'whole number' if kind is int else 'number'} from {low} to {high}"  # for argparse's message
     return convert
 
 
-def quality_range(text):
-    low, _, high = text.partition("-")
-    low, high = int(low), int(high or low)
-    if not 1 <= low <= high <= 100:
-        raise ValueError
-    return low, high
+class JpegQuality:
+    """An argparse type: a range of JPEG qualities. Yields both ends, prints as it is typed."""
+
+    def __init__(self, text: str):
+        self.low, self.high = map(int, text.split("-") if "-" in text else (text, text))
+        if not 1 <= self.low <= self.high <= 100:
+            raise ValueError
+
+    def __iter__(self):
+        return iter((self.low, self.high))
+
+    def __str__(self):
+        return f"{self.low}-{self.high}"
 
 
-quality_range.__name__ = "JPEG quality range, 1 to 100,"
-
-
-def make_parser():
+def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="main.py",
-        description="Train SRGAN, or upscale pictures four times with it (--pretrained).",
-        formatter_class=Formatter,
-        allow_abbrev=False,
+        prog="main.py", description="Train SRGAN, or upscale images four times with it.", allow_abbrev=False
     )
-    whole, above_zero = number(int, 1), number(float, 0, low_excluded=True)
-    add = parser.add_argument_group("main flags").add_argument
-    add("--STEPS", type=number(int, 0), default=2000, metavar="N", help="GAN training steps; 0: only pre-train")
-    add(
-        "--PREGENSTEPS",
-        type=number(int, 0),
-        default=2000,
-        metavar="N",
-        help="generator pre-training steps; 0: only the GAN",
-    )
-    add("--BATCH_SIZE", type=whole, default=128, metavar="N", help="patches in a step, over all devices")
-    add("--lr_pre_gen", type=above_zero, default=1e-4, metavar="RATE", help="learning rate of the pre-training")
-    add("--lr_gen", type=above_zero, default=1e-4, metavar="RATE", help="learning rate of the GAN, both networks")
-    add("--pretrained", action="store_true", help="upscale --input to --output instead of training")
+    steps, interval = number(int, 0, 10**9), number(int, 1, 10**9)
+    rate, share = number(float, 1e-12, 1), number(float, 0, 1)
 
-    add = parser.add_argument_group("upscaling and scoring").add_argument
-    add("--input", default="input.jpg", metavar="PATH", help="a picture, or a folder of pictures")
-    add("--output", default="output.jpg", metavar="PATH", help="the picture to write, or a folder for the results")
-    add(
-        "--evaluate",
-        metavar="DIR",
-        help="score the weights beside bicubic on the HR pictures in DIR, or on HR/ and LR_x4/ below it",
-    )
-    add("--json", metavar="FILE", help="with --evaluate: write the mean scores there too")
-    add(
-        "--weights",
-        metavar="FILE",
-        help="generator weights: weights/srgan.weights.h5 if not given; in training, the weights to start from",
-    )
-    add("--ensemble", action="store_true", help="average over the eight flips and turns: better, eight times slower")
-    add("--blend", type=number(float, 0, 1), metavar="A", help="mix SRResNet (0) and SRGAN (1): fewer invented details")
+    def add(flag, kind, metavar, default, help):
+        kind = {"type": kind} if callable(kind) else {"choices": kind}
+        help += f" (default: {default})" if default else ""
+        group.add_argument(flag, **kind, metavar=metavar, default=default, help=help)
 
-    add = parser.add_argument_group("training").add_argument
-    add(
-        "--data_dir",
-        metavar="DIR",
-        help="photos of your own, train/ and valid/ below DIR or all in it, or a DIV2K; not given: DIV2K, downloaded on first use",
-    )
-    add(
-        "--run_dir",
-        default="runs/srgan",
-        metavar="DIR",
-        help="checkpoints, TensorBoard logs and resulting weights; the same command continues a run",
-    )
-    add("--vgg_layer", default="block5_conv4", choices=VGG_LAYERS, help="VGG19 layer of the content loss")
-    add("--vgg_weights", metavar="FILE", help="VGG19 weights; not given: Keras's download")
-    add(
-        "--lr_decay",
-        default="paper",
-        choices=("paper", "cosine", "none"),
-        help="paper: constant, and a tenth for the second half of the GAN",
-    )
-    add("--precision", default="float32", choices=("float32", "bfloat16"), help="what the networks compute in")
-    add(
-        "--ema",
-        type=number(float, 0, 0.99999),
-        default=0,
-        metavar="DECAY",
-        help="average the generator's weights over the steps; 0: off",
-    )
-    add(
-        "--jpeg",
-        type=quality_range,
-        metavar="LOW-HIGH",
-        help="compress a half of the LR patches as JPEGs of these qualities",
-    )
-    add("--save_every", type=whole, default=100, metavar="N", help="steps between checkpoints; five minutes at most")
-    add("--eval_every", type=whole, default=100, metavar="N", help="steps between validations")
-    add(
-        "--seed",
-        type=number(int, 0, 2**31 - 1),
-        default=0,
-        metavar="N",
-        help="of the starting weights and the order of the data",
-    )
+    group = parser.add_argument_group("main flags")
+    add("--STEPS", steps, "N", 2000, "GAN training steps; 0: only pre-train")
+    add("--PREGENSTEPS", steps, "N", 2000, "generator pre-training steps; 0: only the GAN")
+    add("--BATCH_SIZE", number(int, 1, 10**6), "N", 128, "patches per step, over all devices")
+    add("--lr_pre_gen", rate, "RATE", 1e-4, "learning rate of the pre-training")
+    add("--lr_gen", rate, "RATE", 1e-4, "learning rate of both networks in the GAN")
+    group.add_argument("--pretrained", action="store_true", help="upscale --input to --output instead of training")
+
+    group = parser.add_argument_group("upscaling, evaluation and export")
+    add("--input", str, "PATH", "input.jpg", "an image, or a folder of images")
+    add("--output", str, "PATH", "output.jpg", "the image to write, or a folder for the results")
+    add("--evaluate", str, "DIR", None, "print PSNR and SSIM on the HR images in DIR, or in HR/ and LR_x4/ below it")
+    add("--json", str, "FILE", None, "with --evaluate: write the mean scores to FILE, too, unless an image fails")
+    add("--export", str, "PATH", None, "write the generator as .tflite, .onnx or, without these, a SavedModel folder")
+    add("--weights", str, "FILE", None, "generator (default: weights/srgan.weights.h5); in training, to start from")
+    add("--blend", share, "A", None, "mix SRResNet (0) and SRGAN (1): fewer invented details")
+    help = "average over the eight flips and rotations: better, eight times slower"
+    group.add_argument("--ensemble", action="store_true", help=help)
+
+    group = parser.add_argument_group("training")
+    add("--data_dir", str, "DIR", None, "photos, in train/ and valid/ or all in DIR (default: DIV2K, downloaded once)")
+    add("--run_dir", str, "DIR", "runs/srgan", "checkpoints, logs and results; the same command resumes a run")
+    layers = ("block2_conv2", "block3_conv4", "block5_conv4")
+    add("--vgg_layer", layers, None, "block5_conv4", "VGG19 layer of the content loss")
+    add("--vgg_weights", str, "FILE", None, "VGG19 weights (default: downloaded once by Keras)")
+    help = "paper: a tenth in the second half of the GAN; resuming with more steps raises a decayed rate again"
+    add("--lr_decay", ("paper", "cosine", "none"), None, "paper", help)
+    add("--precision", ("float32", "bfloat16"), None, "float32", "what the networks compute in; also for upscaling")
+    add("--ema", number(float, 0, 0.99999), "DECAY", 0, "average the generator's weights over the steps; 0: off")
+    add("--jpeg", JpegQuality, "LOW-HIGH", None, "compress half of the LR patches as JPEG, with these qualities")
+    add("--save_every", interval, "N", 100, "steps between checkpoints, which are at most five minutes apart")
+    add("--eval_every", interval, "N", 100, "steps between validations")
+    add("--seed", number(int, 0, 2**31 - 1), "N", 0, "seed of the initial weights and of the order of the data")
     return parser
 
 
-def parse(argv):
-    """Parse and check `argv`. A flag that is wrong, or that the chosen mode would ignore, exits with code 2."""
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Parse `argv`. Exits with code 2 if a flag is wrong, or doesn't go with the mode."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    given = {word.partition("=")[0] for word in argv}
-
-    def refuse(flags, mode, allowed):
-        for flag in sorted(given.intersection(flags)):
-            if not allowed:
-                parser.error(f"{flag} goes with {mode}")
-
-    if args.pretrained and args.evaluate:
-        parser.error("--pretrained and --evaluate are two different things to do: give one of them")
-    refuse(["--input", "--output"], "--pretrained", args.pretrained)
-    refuse(["--json"], "--evaluate", args.evaluate)
-    refuse(["--ensemble", "--blend"], "--pretrained or --evaluate", args.pretrained or args.evaluate)
-    try:
-        if args.pretrained or args.evaluate:
-            check_generating(args)
-        else:
-            check_training(args)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
+    given = sorted({word.partition("=")[0] for word in argv if word.startswith("--")})
+    modes = [flag for flag in given if flag in MODES]
+    if len(modes) > 1:
+        parser.error(f"{' and '.join(modes)} are different tasks: give one of them")
+    for flag in given:
+        if getattr(args, flag[2:], None) == "":
+            parser.error(f"{flag} is empty")
+        if modes and flag not in MODES[modes[0]] | {modes[0]}:
+            parser.error(f"{flag} doesn't go with {modes[0]}")
+        if not modes and flag in NOT_IN_TRAINING:
+            parser.error(f"{flag} goes with {' or '.join(mode for mode in MODES if flag in MODES[mode])}")
+    if not modes and not args.STEPS and not args.PREGENSTEPS:
+        parser.error("--STEPS 0 and --PREGENSTEPS 0: nothing to train")
     return args
 
 
-def must_exist(path, what, kind=Path.exists):
+# ----------------------------------------------- files, checked before TensorFlow is imported: OSError or ValueError
+
+
+def must_exist(path: str | Path, what: str, kind: Callable = Path.is_file) -> Path:
     if not kind(Path(path)):
         raise FileNotFoundError(f"no such {what}: {path}")
+    return Path(path)
 
 
-def check_generating(args):
-    """Resolve the weights and the files, before anything slow. Raises OSError or ValueError."""
-    if args.pretrained:
-        must_exist(args.input, "picture or folder")
-    else:
-        must_exist(args.evaluate, "folder", Path.is_dir)
-    args.weights = Path(args.weights or WEIGHTS / "srgan.weights.h5")
-    must_exist(args.weights, "weights file", Path.is_file)
-    if not args.weights.name.endswith(".weights.h5"):
-        raise ValueError(f"the name of a weights file ends in .weights.h5, or Keras doesn't load it: {args.weights}")
-    if args.blend is not None:
-        must_exist(args.weights.with_name("srresnet.weights.h5"), "weights file, which --blend mixes in", Path.is_file)
-    import data
-
-    if args.pretrained:
-        args.jobs = folder_jobs(args) if Path(args.input).is_dir() else picture_job(args)
-        return
-    args.pairs = data.scoring_pairs(args.evaluate)
-    if args.json and (Path(args.json).is_dir() or not os.access(Path(args.json).parent, os.W_OK)):
-        raise OSError(f"can't write {args.json}: it is a folder, or in none that can be written to")
-
-
-def picture_job(args):
-    """The file to read and the file to write: a list of one pair. Raises if the second can't be written."""
-    from PIL import Image
-
-    import data
-
-    source, target = Path(args.input), Path(args.output)
-    if target.exists() and target.samefile(source):
-        raise ValueError(f"--output {target} is --input itself, which is never overwritten: give another name")
-    try:
-        with Image.open(source) as image:
-            size = image.size
-    except Exception as error:  # Pillow raises a dozen kinds on damaged files
-        raise ValueError(f"{source} is not a picture") from error
-    data.check_output(target, *(data.SCALE * side for side in size))
-    return [(source, target)]
-
-
-def folder_jobs(args):
-    """The pictures in the folder to read, and the file to write for each: a list of pairs."""
-    import data
-
-    source, target = Path(args.input), Path(args.output)
-    if target.suffix.lower() in data.SUFFIXES or (target.exists() and not target.is_dir()):
-        raise ValueError(f"--input {source} is a folder: give a folder as --output, too")
-    if target.exists() and target.samefile(source):
-        raise ValueError(
-            f"--output {target} is --input itself, whose pictures are never overwritten: give another folder"
-        )
-    above = next(folder for folder in [target, *target.absolute().parents] if folder.exists())
+def must_be_writable(path: Path) -> None:
+    """`path` can become a file, with the folders that are missing."""
+    if path.exists() and not path.is_file():
+        raise OSError(f"can't write {path}: it is not a regular file")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise PermissionError(f"can't write into {target}: {above} is read-only, or no folder")
-    paths = data.list_images(source)
-    if not paths:
-        raise ValueError(f"no pictures in {source}: it takes {' '.join(sorted(data.SUFFIXES))}")
-    jobs, names = [], {path.name for path in paths}
-    for path in paths:
-        name = path.name
-        if path.suffix.lower() not in data.FORMATS:  # GIF has too few colours
-            name = f"{path.stem}.png" if f"{path.stem}.png" not in names else f"{path.name}.png"
-        jobs.append((path, target / name))
+        raise PermissionError(f"can't write {path}: {above} is read-only or not a folder")
+
+
+def find_weights(args: argparse.Namespace) -> list[Path]:
+    """The weights files to load: one, or with `--blend` SRResNet's and SRGAN's."""
+    weights = must_exist(args.weights or WEIGHTS / RESULTS[1], "weights file")
+    if not weights.name.endswith(".weights.h5"):
+        raise ValueError(f"the name of a weights file must end in .weights.h5, got {weights}")
+    if args.blend is None:
+        return [weights]
+    srresnet = must_exist(weights.with_name(RESULTS[0]), "weights file, which --blend mixes in")
+    if srresnet.samefile(weights):
+        raise ValueError(f"--blend mixes {srresnet} with SRGAN's weights: give those as --weights")
+    return [srresnet, weights]
+
+
+def find_jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
+    """The images to read, each with the file to write."""
+    import data
+
+    must_exist(source, "image or folder", Path.exists)
+    if target.exists() and target.samefile(source):
+        raise ValueError(f"--output {target} is --input, which is never overwritten: give another name")
+    if not source.is_dir():
+        with data.open_image(source) as image:
+            data.check_output(target, *(data.SCALE * side for side in image.size))
+        return [(source, target)]
+    if target.suffix.lower() in data.SUFFIXES or target.is_file():
+        raise ValueError(f"--input {source} is a folder: --output must be a folder, too, got {target}")
+    must_be_writable(target / "image")
+    images = data.list_images(source)
+    if not images:
+        raise ValueError(f"no images in {source}: supported are {' '.join(sorted(data.SUFFIXES))}")
+    names, jobs = {image.name.casefold() for image in images}, []
+    for image in images:
+        name = image.name
+        if image.suffix.lower() not in data.FORMATS:  # GIF has too few colours: a PNG with a name of its own
+            name = f"{image.stem}.png"
+            while name.casefold() in names:
+                name = f"{image.name}.png" if name == f"{image.stem}.png" else f"{name}.png"
+            names.add(name.casefold())
+        jobs.append((image, target / name))
     return jobs
 
 
-def check_training(args):
-    if not args.STEPS and not args.PREGENSTEPS:
-        raise ValueError("--STEPS 0 and --PREGENSTEPS 0: nothing to train")
-    if args.weights:
-        must_exist(args.weights, "weights file", Path.is_file)
-        args.weights = str(Path(args.weights).resolve())  # a run remembers it
-    if args.data_dir:
-        must_exist(args.data_dir, "folder", Path.is_dir)
-        args.data_dir = str(Path(args.data_dir).resolve())
-    if args.vgg_weights and args.STEPS:
-        must_exist(args.vgg_weights, "VGG19 weights file", Path.is_file)
-    if not args.PREGENSTEPS and not args.weights:
-        must_exist(
-            Path(args.run_dir) / "srresnet.weights.h5",
-            "SRResNet to start the GAN from (give --weights, or --PREGENSTEPS above 0)",
-        )
-    check_continuing(args)
-
-
-def check_continuing(args):
-    """Raise ValueError if the run in --run_dir was begun with options that matter and are others now."""
-    run_dir = Path(args.run_dir)
-    path = run_dir / "options.json"
-    if not path.exists() or not any(run_dir.glob("checkpoints/*-*")):
-        return
-    before, now = json.loads(path.read_text()), json.loads(json.dumps(vars(args), default=str))
-    for name in KEPT_OPTIONS + ("PREGENSTEPS",) * any(run_dir.glob("checkpoints/gan-*")):
-        if before.get(name) != now[name]:
-            raise ValueError(
-                f"the run in {run_dir} was begun with --{name} {before.get(name)}, not {now[name]}: "
-                "go on with that, or give another --run_dir"
-            )
-
-
-def load_upscaler(args):
-    import model
-
-    generator = model.generator()
-    if args.blend is None:
-        model.load_weights(generator, args.weights)
-    else:
-        model.load_blend(generator, args.weights.with_name("srresnet.weights.h5"), args.weights, args.blend)
-    return model.make_upscaler(generator, args.ensemble)
-
-
-def show_warnings_in_one_line():
-    import warnings
-
-    from PIL import Image
-    from tqdm import tqdm
-
-    warnings.showwarning = lambda message, *rest: tqdm.write(
-        f"Warning: {' '.join(str(message).split())}", file=sys.stderr
-    )
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # who names a huge picture means it
-
-
-def upscale(args):
-    """`--pretrained`: write the picture or pictures of --input, four times larger, to --output. Returns the exit code."""
-    from tqdm import tqdm
-
-    upscaler = load_upscaler(args)
-    if not Path(args.input).is_dir():
-        print(upscale_image(upscaler, *args.jobs[0]))
-        return 0
-    Path(args.output).mkdir(parents=True, exist_ok=True)
-    failed = 0
-    for source, target in tqdm(args.jobs, unit="picture"):
-        try:
-            upscale_image(upscaler, source, target)
-        except (OSError, ValueError, MemoryError) as error:
-            tqdm.write(f"main.py: {' '.join(str(error).split()) or 'out of memory'}", file=sys.stderr)
-            failed += 1
-    if failed:
-        print(f"main.py: {failed} of {len(args.jobs)} pictures failed", file=sys.stderr)
-    return 1 if failed else 0
-
-
-def upscale_image(upscaler, source, target):
-    """From file to file. Returns what became of it, in a line. Raises ValueError or OSError."""
-    from tqdm import tqdm
-
+def find_pairs(folder: str, scores: str | None, weights: list[Path]) -> list[tuple[str, Path, Path | None]]:
+    """The images to score, as `data.scoring_pairs`."""
     import data
 
-    picture = data.read_image(source)
-    height, width, _ = picture.pixels.shape
+    pairs = data.scoring_pairs(must_exist(folder, "folder", Path.is_dir))
+    if scores:
+        must_be_writable(Path(scores))
+        inputs = [*weights, *(path for _, *paths in pairs for path in paths if path)]
+        if Path(scores).exists() and any(path.samefile(scores) for path in inputs):
+            raise ValueError(f"--json {scores} is an input, which is never overwritten: give another name")
+    return pairs
+
+
+def check_export(target: Path) -> None:
+    if target.suffix.lower() == ".onnx" and not importlib.util.find_spec("tf2onnx"):
+        raise ValueError("exporting to ONNX needs a package that is not installed: pip install tf2onnx")
+    if target.suffix.lower() in (".tflite", ".onnx"):
+        return must_be_writable(target)
+    must_be_writable(target / "saved_model.pb")
+    names = {path.name for path in target.iterdir()} if target.exists() else {"saved_model.pb"}
+    if not {"saved_model.pb"} <= names <= {"saved_model.pb", "fingerprint.pb", "assets", "variables"}:
+        raise ValueError(f"--export {target} is a folder with other files than a SavedModel's: give another name")
+
+
+def check_training(args: argparse.Namespace) -> None:
+    if "[" in args.run_dir:
+        raise ValueError(f"--run_dir {args.run_dir}: TensorFlow takes [ in a path for a pattern, choose another name")
+    for name in RESULTS:
+        must_be_writable(Path(args.run_dir) / name)
+    if args.data_dir:
+        must_exist(args.data_dir, "folder", Path.is_dir)
+    if args.vgg_weights and args.STEPS:
+        must_exist(args.vgg_weights, "VGG19 weights file")
+    if args.weights:
+        find_weights(args)
+    elif not args.PREGENSTEPS:
+        what = "SRResNet to start the GAN from (give --weights, or --PREGENSTEPS above 0)"
+        must_exist(Path(args.run_dir) / RESULTS[0], what)
+    check_resuming(Path(args.run_dir), args)
+
+
+def check_resuming(run_dir: Path, args: argparse.Namespace) -> None:
+    """A run that has checkpoints was started with the same options."""
+    file, folder = run_dir / "options.json", run_dir / "checkpoints"
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    phases = {name.partition("-")[0] for name in names if re.fullmatch(r"(pretrain|gan)-\d+", name)}
+    if not phases or not file.exists():
+        return
+    try:
+        before = dict(json.loads(file.read_text()))
+    except (TypeError, ValueError):
+        raise ValueError(f"{file} doesn't hold the options of a run: give another --run_dir") from None
+    now = json.loads(json.dumps(vars(args), default=str))
+    for name in KEPT_OPTIONS + KEPT_BY_GAN * ("gan" in phases):
+        values = before.get(name), now[name]
+        if name in ("data_dir", "weights"):
+            values = [value and str(Path(str(value)).resolve()) for value in values]
+        if values[0] != values[1]:
+            old, new = (f"without --{name}" if value is None else f"with --{name} {value}" for value in values)
+            raise ValueError(f"the run in {run_dir} was started {old}, not {new}: use the same, or another --run_dir")
+
+
+# ---------------------------------------------------------------------------------------------------------- the modes
+
+
+def upscale(args: argparse.Namespace, weights: list[Path], jobs: list[tuple[Path, Path]]) -> int:
+    """`--pretrained`: write each image four times larger. Returns the exit code."""
+    import model
+
+    upscaler = model.make_upscaler(model.load_generator(weights, args.blend, args.precision), args.ensemble)
+    failed = 0
+    for source, target in tqdm(jobs, unit="image", disable=len(jobs) == 1):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            tqdm.write(upscale_image(upscaler, source, target))
+        except ERRORS as error:
+            report(error)
+            failed += 1
+    return exit_code(failed, len(jobs))
+
+
+def upscale_image(upscaler: Callable, source: Path, target: Path) -> str:
+    """From file to file. Returns a line about the result. Raises OSError or ValueError."""
+    import data
+
+    image = data.read_image(source)
+    height, width, _ = image.pixels.shape
     data.check_output(target, data.SCALE * width, data.SCALE * height)
-    if picture.alpha is not None:
-        picture.pixels = data.spread_colours(picture.pixels, picture.alpha)
-        picture.alpha = data.enlarge_alpha(picture.alpha)
-    # shown when it takes more than a few seconds
-    with tqdm(
-        total=height * width, unit="px", unit_scale=True, desc=source.name, leave=False, delay=3, disable=None
-    ) as bar:
-        picture.pixels = upscaler(picture.pixels, bar.update)
-    data.write_image(target, picture)
+    if image.alpha is not None:
+        image.pixels = data.spread_colours(image.pixels, image.alpha)
+        image.alpha = data.enlarge_alpha(image.alpha)
+    size = {"total": height * width, "unit": "px", "unit_scale": True}
+    with tqdm(desc=source.name, **size, leave=False, delay=3, disable=None) as bar:
+        image.pixels = upscaler(image.pixels, bar.update)
+    data.write_image(target, image)
     return f"{target}: {data.SCALE * width}x{data.SCALE * height}"
 
 
-def evaluate(args):
-    """`--evaluate`: print PSNR and SSIM of bicubic and of the weights, picture by picture. Returns the exit code."""
+def evaluate(args: argparse.Namespace, weights: list[Path], pairs: list[tuple[str, Path, Path | None]]) -> int:
+    """`--evaluate`: print PSNR and SSIM of bicubic and of the model for each image. Returns the exit code."""
     import numpy as np
 
     import data
     import losses
-
-    upscaler = load_upscaler(args)
-    print(f"{'':24}      bicubic          model")
-    print(f"{'':24}   PSNR    SSIM     PSNR    SSIM")
+    import model
 
     def row(name, scores):
-        print(f"{name[:24]:24}" + "  ".join(f"{psnr:7.2f}  {ssim:.4f}" for psnr, ssim in scores), flush=True)
+        print(f"{name[:24]:24}" + "  ".join(f"{psnr:7.2f}  {ssim:.4f}" for psnr, ssim in scores))
 
-    table = []  # (pictures, 2, 2): bicubic and model, PSNR and SSIM
-    for name, hr_path, lr_path in args.pairs:
-        lr, hr = data.read_pair(hr_path, lr_path)
-        table.append([(losses.psnr(sr, hr), losses.ssim(sr, hr)) for sr in (data.bicubic(lr), upscaler(lr))])
-        row(name, table[-1])
-    means = np.mean(table, axis=0)
-    row(f"mean of {len(table)}", means)
-    if args.json:
-        scores = {
-            name: {"psnr": float(psnr), "ssim": float(ssim)} for name, (psnr, ssim) in zip(("bicubic", "model"), means)
-        }
-        Path(args.json).write_text(json.dumps(scores, indent=2) + "\n")
+    upscaler = model.make_upscaler(model.load_generator(weights, args.blend, args.precision), args.ensemble)
+    print(f"{'':24}      bicubic          model\n{'':24}   PSNR    SSIM     PSNR    SSIM")
+    table = []  # (images, 2, 2): bicubic and model, PSNR and SSIM
+    for name, hr_path, lr_path in pairs:
+        try:
+            lr, hr = data.read_pair(hr_path, lr_path)
+            table.append([(losses.psnr(sr, hr), losses.ssim(sr, hr)) for sr in (data.bicubic(lr), upscaler(lr))])
+            row(name, table[-1])
+        except ERRORS as error:
+            report(error)
+    if table:
+        row(f"mean of {len(table)}", means := np.mean(table, axis=0))
+    if args.json and len(table) == len(pairs):
+        scores = {name: dict(zip(("psnr", "ssim"), mean)) for name, mean in zip(("bicubic", "model"), means.tolist())}
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        with data.atomic_write(args.json) as temporary:
+            temporary.write_text(json.dumps(scores, indent=2) + "\n")
+    return exit_code(len(pairs) - len(table), len(pairs))
+
+
+def export(args: argparse.Namespace, weights: list[Path]) -> int:
+    """`--export`: write the generator for other programs. Returns the exit code."""
+    import model
+
+    model.export(model.load_generator(weights, args.blend), args.export)
+    print(f"exported to {args.export}")
     return 0
 
 
-def start_tensorflow():
+def train(args: argparse.Namespace) -> int:
+    """Train. Returns the exit code."""
+    import train
+
+    try:
+        train.train(args)
+    except train.Interrupted as stop:
+        print(stop)
+        return stop.exit_code
+    return 0
+
+
+# -------------------------------------------------------------------------------------------------------- the program
+
+
+def report(message: BaseException | str) -> None:
+    """Print one line on stderr."""
+    if sys.flags.dev_mode and isinstance(message, BaseException):
+        traceback.print_exception(message)
+    tqdm.write(f"main.py: {' '.join(str(message).split()) or 'out of memory'}", file=sys.stderr)
+
+
+def exit_code(failed: int, count: int) -> int:
+    if failed and count > 1:
+        report(f"{failed} of {count} images failed")
+    return 1 if failed else 0
+
+
+def show_warning(message, *details) -> None:
+    """One line in place of Python's two with the source code."""
+    tqdm.write(f"Warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+class Stream(io.FileIO):
+    """Standard output or error: if nobody reads it (any more), the work goes on."""
+
+    def write(self, text):
+        try:
+            return super().write(text)
+        except OSError:
+            return len(text)
+
+
+def open_streams() -> None:
+    """Let printing never fail: closed pipes and streams are ignored, and characters replaced that can't be encoded."""
+    while os.open(os.devnull, os.O_RDWR) <= 2:  # takes the place of a closed stream
+        pass
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        encoding = getattr(getattr(sys, name), "encoding", None)
+        file = io.BufferedWriter(Stream(number, "w", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(file, encoding, errors="replace", line_buffering=True))
+
+
+def start_tensorflow() -> str:
     """Import TensorFlow, quietly and set up for the machine. Returns the device's name.
 
-    Its C++ side greets on stderr before any setting can keep it from it, hence the detour of file descriptor 2.
+    Its C++ code prints to stderr before any setting can prevent it, hence the detour of file descriptor 2.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # off by default without AVX-512, and 2.5 times as fast
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # off by default without AVX-512, but 2.5 times as fast
     sys.stderr.flush()
     stderr = os.dup(2)
     with open(os.devnull, "wb") as nowhere:
@@ -391,31 +415,34 @@ def start_tensorflow():
     return ", ".join(names) or f"CPU with {os.cpu_count()} cores"
 
 
-def main(argv=None):
-    args = parse(sys.argv[1:] if argv is None else argv)
+def main(argv: list[str] | None = None) -> int:
+    """Run the program. Returns the exit code."""
+    warnings.showwarning = show_warning
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # removes temporary files on the way
+    code = 2
     try:
-        print(f"Running on {start_tensorflow()}")
-        show_warnings_in_one_line()
+        args = parse(sys.argv[1:] if argv is None else argv)
         if args.pretrained:
-            return upscale(args)
-        if args.evaluate:
-            return evaluate(args)
-        import train
-
-        try:
-            train.train(args)
-        except train.Interrupted as stop:
-            print(stop)
-            return stop.exit_code
-        return 0
+            task = partial(upscale, args, find_weights(args), find_jobs(Path(args.input), Path(args.output)))
+        elif args.evaluate:
+            weights = find_weights(args)
+            task = partial(evaluate, args, weights, find_pairs(args.evaluate, args.json, weights))
+        elif args.export:
+            check_export(Path(args.export))
+            task = partial(export, args, find_weights(args))
+        else:
+            check_training(args)
+            task = partial(train, args)
+        code = 1
+        print(f"Running on {start_tensorflow()}", flush=True)
+        return task()
     except KeyboardInterrupt:
         return 130
-    except (OSError, ValueError, ArithmeticError, MemoryError) as error:
-        if sys.flags.dev_mode:
-            raise
-        print(f"main.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+    except ERRORS as error:
+        report(error)
+        return code
 
 
 if __name__ == "__main__":
+    open_streams()
     sys.exit(main())

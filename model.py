@@ -1,10 +1,13 @@
-"""The two networks of SRGAN (Ledig et al. 2017, section 2.1 and Figure 4), and running the generator over any picture.
+"""The two networks of SRGAN (Ledig et al. 2017, section 2.1 and Figure 4); upscaling images of any size; export.
 
-Pictures are RGB, NHWC, 0 to 255 on both sides of a network; each rescales inside itself.
+Images are RGB, NHWC, 0 to 255 on both sides of a network; each rescales inside itself.
 """
 
+import tempfile
 import warnings
+from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -31,7 +34,7 @@ class BatchNormalization(layers.BatchNormalization):
         return y
 
 
-def normalization(policy, **kwargs):
+def normalization(policy: str, **kwargs) -> BatchNormalization:
     several = tf.distribute.get_strategy().num_replicas_in_sync > 1  # then the statistics are those of the whole batch
     return BatchNormalization(momentum=0.99, epsilon=1e-5, synchronized=several, dtype=policy, **kwargs)
 
@@ -51,7 +54,7 @@ class ShufflePReLUConv(layers.Layer):
     """The last pixel shuffle, PReLU and 9x9 convolution of Figure 4: `(batch, h, w, 256)` to `(batch, 2h, 2w, 3)`.
 
     The same sums in a faster order. A convolution from 64 channels to 3 would use 3 of a processor's 8 or 16 lanes.
-    Taken before the pixel shuffle it is one of 5x5 from 256 channels to 12, and what is shuffled is a picture and not
+    Taken before the pixel shuffle it is one of 5x5 from 256 channels to 12, and what is shuffled is an image and not
     64 features: the 9x9 kernel is put into 10x10 in four places, one for each pixel of a 2x2 block, and cut into 5x5
     taps on such blocks. A training step takes 0.84 of the time that it takes in the paper's order.
     """
@@ -72,11 +75,11 @@ class ShufflePReLUConv(layers.Layer):
         return tf.nn.depth_to_space(tf.nn.conv2d(x, kernel, 1, "SAME") + tf.tile(self.bias, [4]), 2)
 
 
-def generator(precision="float32"):
+def generator(precision: str = "float32") -> keras.Model:
     """SRResNet: 16 residual blocks at LR resolution, then two pixel shuffles (Figure 4, top).
 
     Fully convolutional: `(batch, height, width, 3)` in, `(batch, 4 * height, 4 * width, 3)` out, float32. The last
-    layer is linear, so values may leave 0 to 255 a little: clip when the picture is made. A fresh generator upscales
+    layer is linear, so values may leave 0 to 255 a little: clip when the image is made. A fresh generator upscales
     like an interpolation (see `_start_as_interpolation`).
 
     The layers at both ends are computed in float32 at any `precision`. In bfloat16, whose 8 bits are fewer than a
@@ -111,7 +114,7 @@ def generator(precision="float32"):
 
 
 def _start_as_interpolation(model):
-    """Let channels 0 to 2 carry the picture from end to end, and everything else start silent.
+    """Let channels 0 to 2 carry the image from end to end, and everything else start silent.
 
     The residual branches end in a normalisation with gamma 0, so the trunk begins as the identity; the two
     up-convolutions hold the taps of a quadratic interpolation at -1/4 and +1/4 of a pixel, one phase for each output
@@ -155,7 +158,7 @@ def _start_as_interpolation(model):
         edit(name, linear)
 
 
-def discriminator(precision="float32"):
+def discriminator(precision: str = "float32") -> keras.Model:
     """The discriminator for 96x96 patches (Figure 4, bottom): `(batch, 96, 96, 3)` in, `(batch, 1)` logits out.
 
     A logit and not a sigmoid: the same loss, computed without saturating.
@@ -188,17 +191,29 @@ def measure_statistics(network, batches):
 # ------------------------------------------------------------------------------------------------- weights from files
 
 
-def load_weights(network, path):
-    """Load a `.weights.h5` file. Raises ValueError if it is none, or doesn't fit `network`."""
+def load_weights(network: keras.Model, path: str | Path) -> None:
+    """Load a `.weights.h5` file. Raises ValueError if it is none, doesn't fit `network`, or holds NaN or infinity."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what Keras says of a file that doesn't fit, before it raises
+            warnings.simplefilter("ignore")  # Keras warns of a file that doesn't fit, before it raises
             network.load_weights(path)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # Keras and h5py raise a dozen kinds on damaged files
         raise ValueError(f"{path} doesn't hold weights of the {network.name}") from error
+    if not all(np.isfinite(weight).all() for weight in network.get_weights()):
+        raise ValueError(f"{path} holds weights that are not finite: the training that made it had failed")
 
 
-def load_blend(network, srresnet, srgan, amount):
+def load_generator(paths: list[Path], blend: float | None = None, precision: str = "float32") -> keras.Model:
+    """A generator with the weights of one file or, with `blend`, of two: see `load_blend`. Raises as `load_weights`."""
+    network = generator(precision)
+    if blend is None:
+        load_weights(network, *paths)
+    else:
+        load_blend(network, *paths, blend)
+    return network
+
+
+def load_blend(network: keras.Model, srresnet: str | Path, srgan: str | Path, amount: float) -> None:
     """Load weights between those of two files: `amount` 0 is all SRResNet, 1 all SRGAN. Raises as `load_weights`."""
     load_weights(network, srresnet)
     start = network.get_weights()
@@ -206,17 +221,44 @@ def load_blend(network, srresnet, srgan, amount):
     network.set_weights([(1 - amount) * a + amount * b for a, b in zip(start, network.get_weights())])
 
 
-# ----------------------------------------------------------------------------- the generator on a picture of any size
+# ----------------------------------------------------------------------------------------- weights for other programs
 
-# How far a value reaches, in LR pixels: 4 + 32 + 1 through the trunk's convolutions, and 1 + 1/2 + 1 through the tail's.
+
+def export(network: keras.Model, path: str | Path) -> None:
+    """Write the generator as LiteRT (`.tflite`), ONNX (`.onnx`, with tf2onnx), or else as a SavedModel folder.
+
+    It takes `(1, height, width, 3)` float32 RGB, 0 to 255, of any size, and returns `(1, 4 * height, 4 * width, 3)`,
+    clipped to 0 to 255. Written to a temporary name, then renamed; an existing file or folder is replaced. Raises
+    OSError if it can't be written.
+    """
+    path = Path(path)
+    formats = {".tflite": "litert", ".onnx": "onnx"}
+    clipped = keras.Model(network.input, keras.ops.clip(network.output, 0, 255), name=network.name)
+    signature = [tf.TensorSpec((1, None, None, 3), tf.float32, name="lr")]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".srgan-", dir=path.parent) as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the converters, about themselves
+        new = Path(folder) / f"new{path.suffix.lower()}"
+        try:
+            clipped.export(new, formats.get(new.suffix, "tf_saved_model"), verbose=False, input_signature=signature)
+        except tf.errors.OpError as error:
+            raise OSError(f"can't write {path}: {error.message.splitlines()[0]}") from error
+        if path.is_dir():
+            path.replace(Path(folder) / "old")
+        new.replace(path)
+
+
+# ----------------------------------------------------------------------------- the generator on an image of any size
+
+# How far a value reaches, in LR pixels: 4 + 32 + 1 in the trunk's convolutions, 1 + 1/2 + 1 in the tail's.
 TRUNK_HALO, TAIL_HALO = 37, 3
 
 
-def cover(length, tile, halo):
+def cover(length: int, tile: int, halo: int) -> list[tuple[int, int, int, int]]:
     """Cover an axis by tiles that overlap by twice `halo`: a list of `(start, size, low, high)`, with `size` <= `tile`.
 
     A tile is `start` to `start + size` and owns `low` to `high`. A tile's own edges are right only where they are the
-    picture's (there the network's zero padding belongs), so elsewhere it owns nothing within `halo` of them. All tiles
+    image's (there the network's zero padding belongs), so elsewhere it owns nothing within `halo` of them. All tiles
     have the same size, as small as their number allows: the last ones move inward rather than stick out.
     """
     if length <= tile:
@@ -229,8 +271,8 @@ def cover(length, tile, halo):
     return [(start, size, low, high) for start, low, high in zip(starts, lows, lows[1:] + [length])]
 
 
-def grid(height, width, tile, halo):
-    """`cover` in both directions: pairs of slices, the tile to read and the part of it to keep, in picture coordinates."""
+def grid(height: int, width: int, tile: int, halo: int) -> Iterator[tuple[tuple, tuple]]:
+    """`cover` in both directions: pairs of slices, the tile to read and the part of it to keep, in the image."""
     for top, rows, y0, y1 in cover(height, tile, halo):
         for left, columns, x0, x1 in cover(width, tile, halo):
             yield np.s_[top : top + rows, left : left + columns], np.s_[y0:y1, x0:x1]
@@ -249,27 +291,32 @@ def area(slices):
     return (slices[0].stop - slices[0].start) * (slices[1].stop - slices[1].start)
 
 
-def make_upscaler(model, ensemble=False, trunk_tile=768, tail_tile=128):
-    """A function that runs the generator over a picture of any size in bounded memory, exactly as if in one piece.
+def make_upscaler(
+    model: keras.Model, ensemble: bool = False, trunk_tile: int = 768, tail_tile: int = 128
+) -> Callable[..., np.ndarray]:
+    """Make a function that runs the generator over an image of any size in tiles, exactly as if in one piece.
 
-    The trunk needs 37 pixels of context and little memory, the tail 3 pixels and much: so the picture goes through the
-    trunk in large tiles, and each of those through the tail in small ones.
+    The trunk needs 37 pixels of context and little memory, the tail 3 pixels and much: so the image goes through the
+    trunk in large tiles, and each of those through the tail in small ones. That bounds the network's memory. The image
+    and the result are held whole: 3.2 MB per megapixel of an 8-bit RGB result, and 8 MB while Pillow writes it.
 
     Args:
-        ensemble: average over the eight flips and turns of each tile.
-        trunk_tile, tail_tile: the largest side of a tile, in LR pixels; above 80 and 6. Memory grows by about 2 kB a
-            trunk pixel and 13 kB a tail pixel.
+        model: the generator, of any precision.
+        ensemble: average over the eight flips and rotations of each tile.
+        trunk_tile: the largest side of a tile for the trunk, in LR pixels; above 80. Takes about 2 kB per pixel.
+        tail_tile: the same for the tail; above 6. Takes about 13 kB per pixel.
 
     Returns:
-        `upscale(lr, progress)`: `(h, w, 3)` or `(h, w, 1)` uint8 or uint16 to `(4h, 4w, same)` of the same type.
-        `progress(n)` is called when `n` more LR pixels are done, a float.
+        `upscale(lr, progress)`: from `(h, w, 3)` or `(h, w, 1)`, uint8 or uint16, to `(4h, 4w, same)` of the same
+        type. An image whose channels are all equal stays neutral. `progress(n)` is called when `n` more LR pixels are
+        done, a float.
     """
+    trunk = model.get_layer("trunk").output
     run_trunk, run_tail = (
-        tf.function(partial(part, training=False), input_signature=[tf.TensorSpec((1, None, None, channels))])
-        for part, channels in (
-            (keras.Model(model.input, model.get_layer("trunk").output), 3),
-            (keras.Model(model.get_layer("trunk").output, model.output), 64),
+        tf.function(
+            partial(part, training=False), input_signature=[tf.TensorSpec((1, *part.input.shape[1:]), part.input.dtype)]
         )
+        for part in (keras.Model(model.input, trunk), keras.Model(trunk, model.output))
     )  # each traced once for all sizes
 
     def run(lr, keep, done):
@@ -287,6 +334,7 @@ def make_upscaler(model, ensemble=False, trunk_tile=768, tail_tile=128):
     def upscale(lr, progress=lambda n: None):
         height, width, channels = lr.shape
         unit = np.float32(np.iinfo(lr.dtype).max / 255)
+        neutral = (lr == lr[..., :1]).all()
         sr = np.empty((SCALE * height, SCALE * width, channels), lr.dtype)
         for tile, part in grid(height, width, trunk_tile, TRUNK_HALO + TAIL_HALO):
             x = lr[tile] / unit
@@ -296,7 +344,7 @@ def make_upscaler(model, ensemble=False, trunk_tile=768, tail_tile=128):
                 y = _mean_of_turns(run, x, keep, lambda share: progress(share / 8 * area(part)))
             else:
                 y = run(x, keep, lambda share: progress(share * area(part)))
-            if channels == 1:
+            if neutral:
                 y = y.mean(axis=-1, keepdims=True)
             sr[times(SCALE, part)] = np.rint(np.clip(y, 0, 255) * unit)
         return sr

@@ -108,11 +108,11 @@ def tiling_overhead(height, width, trunk_tile=768, tail_tile=128):
     return total / ((trunk + tail) * height * width) - 1
 
 
-def upscaling(height, width):
-    """Megapixels of the result per second: the best of three for small pictures, after one that traces."""
+def upscaling(height, width, precision):
+    """Megapixels of the result per second: the best of three for small images, after one that traces."""
     import model
 
-    upscaler = model.make_upscaler(model.generator())
+    upscaler = model.make_upscaler(model.generator(precision))
     lr = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
     seconds = []
     for _ in range(4 if height * width < 10**6 else 1):
@@ -147,7 +147,8 @@ def rows(args):
     yield "patches", patches, args.data_dir, None, args.BATCH_SIZE
     yield "patches, a half as JPEG", patches, args.data_dir, (30, 95), args.BATCH_SIZE
     for width, height in ((128, 128), (480, 270), (1920, 1080)):
-        yield f"upscaling {width}x{height}", upscaling, height, width
+        for precision in ("float32", "bfloat16"):
+            yield f"upscaling {width}x{height}, {precision}", upscaling, height, width, precision
 
 
 def run(args):

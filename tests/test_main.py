@@ -1,66 +1,50 @@
 """The command line as users type it."""
 
+import json
 import os
 import re
-import shutil
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
 
+import data
 import main
 
-ROOT = Path(main.__file__).resolve().parent
+PROGRAM = Path(main.__file__).resolve()
+WEIGHTS = str(main.WEIGHTS / "srgan.weights.h5")
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    """A copy of the program, so that what it prepares does not land in the repository."""
-    folder = tmp_path_factory.mktemp("program")
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, folder)
-    return folder
+@pytest.fixture(autouse=True)
+def restored(monkeypatch, tmp_path):
+    """What `main.main` changes in the process is restored, and what training keeps goes to a temporary folder."""
+    monkeypatch.setattr(data, "FOLDER", tmp_path / "data")
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
 
 
-def run(program, *argv, code=0):
-    """Run main.py; fails on another exit code, or a traceback. Returns its output and error lines."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TF_")}
+def run(*argv):
+    return main.main([str(word) for word in argv])
+
+
+def test_help_imports_nothing_slow_and_shows_the_known_flags_first():
     done = subprocess.run(
-        [sys.executable, "main.py", *map(str, argv)],
-        cwd=program,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
+        [sys.executable, "-X", "importtime", PROGRAM, "-h"], capture_output=True, text=True, check=True
     )
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout, done.stderr
-
-
-def test_help_is_quick_and_shows_the_known_flags_first(program):
-    run(program, "-h")  # a first run compiles the modules
-    start = time.perf_counter()
-    out, _ = run(program, "-h")
-    assert time.perf_counter() - start < 0.5
-    shown = re.findall(r"^  (--\w+)", out, re.MULTILINE)
-    assert shown[:6] == ["--STEPS", "--PREGENSTEPS", "--BATCH_SIZE", "--lr_pre_gen", "--lr_gen", "--pretrained"]
-    text = " ".join(out.split())
-    for flag, default in {
-        "STEPS": 2000,
-        "PREGENSTEPS": 2000,
-        "BATCH_SIZE": 128,
-        "lr_pre_gen": 0.0001,
-        "lr_gen": 0.0001,
-    }.items():
-        assert re.search(
-            rf"--{flag} \S+ [^-]*\(default: {default}\)", text.split("main flags:")[1].replace("pre-train", "")
-        ), flag
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "argparse" in imported and not imported & {"numpy", "PIL", "tensorflow", "data", "model", "train"}
+    flags = re.findall(r"^  (--\w+)", done.stdout, re.MULTILINE)
+    assert flags[:6] == ["--STEPS", "--PREGENSTEPS", "--BATCH_SIZE", "--lr_pre_gen", "--lr_gen", "--pretrained"]
+    text = " ".join(done.stdout.split())
+    for flag, default in (("STEPS", 2000), ("PREGENSTEPS", 2000), ("BATCH_SIZE", 128), ("lr_gen", 0.0001)):
+        assert re.search(rf" --{flag} [A-Z]+ (?:(?! --\w).)*\(default: {default}\)", text), flag
 
 
 @pytest.mark.parametrize(
@@ -68,100 +52,203 @@ def test_help_is_quick_and_shows_the_known_flags_first(program):
     [
         ("--STEPS -1", "--STEPS"),
         ("--STEPS 1.5", "--STEPS"),
+        ("--STEPS 9223372036854775808", "--STEPS"),
         ("--PREGENSTEPS x", "--PREGENSTEPS"),
         ("--BATCH_SIZE 0", "--BATCH_SIZE"),
+        ("--BATCH_SIZE 99999999999999999999999", "--BATCH_SIZE"),
         ("--lr_pre_gen 0", "--lr_pre_gen"),
         ("--lr_gen nan", "--lr_gen"),
-        ("--lr_gen -1e-4", "--lr_gen"),
+        ("--lr_gen inf", "--lr_gen"),
         ("--STEPS 0 --PREGENSTEPS 0", "nothing to train"),
         ("--PREGENSTEPS 0 --run_dir nowhere", "--PREGENSTEPS above 0"),
-        ("--blend 1.5 --pretrained", "--blend"),
+        ("--pretrained --blend 1.5", "--blend"),
         ("--ema 1", "--ema"),
         ("--jpeg 90-80", "--jpeg"),
         ("--jpeg 0-80", "--jpeg"),
+        ("--jpeg 70-", "--jpeg"),
         ("--vgg_layer block9_conv9", "--vgg_layer"),
         ("--vgg_weights nowhere.h5", "nowhere.h5"),
-        ("--lr_decay linear", "--lr_decay"),
         ("--precision float64", "--precision"),
         ("--save_every 0", "--save_every"),
-        ("--eval_every 0", "--eval_every"),
         ("--seed -1", "--seed"),
         ("--data_dir nowhere", "nowhere"),
         ("--weights nowhere.weights.h5", "nowhere.weights.h5"),
+        ("--weights .", "no such weights file"),
         ("--input a.png", "--input goes with --pretrained"),
         ("--output=a.png", "--output goes with --pretrained"),
         ("--json a.json", "--json goes with --evaluate"),
-        ("--ensemble", "--ensemble goes with"),
-        ("--pretrained --evaluate tests", "one of them"),
+        ("--ensemble", "--ensemble goes with --pretrained or --evaluate"),
+        ("--pretrained --STEPS 5 --jpeg 70-95", "--STEPS doesn't go with --pretrained"),
+        ("--evaluate . --run_dir x", "--run_dir doesn't go with --evaluate"),
+        ("--evaluate . --input a.png", "--input doesn't go with --evaluate"),
+        ("--export x --precision bfloat16", "--precision doesn't go with --export"),
+        ("--pretrained --evaluate tests", "different tasks"),
         ("--evaluate nowhere", "nowhere"),
+        ("--evaluate=", "--evaluate is empty"),
+        ("--weights=", "--weights is empty"),
+        ("--run_dir=", "--run_dir is empty"),
+        ("--pretrained --input=", "--input is empty"),
         ("--nonsense", "--nonsense"),
     ],
 )
 def test_wrong_flag_is_one_line_and_exit_code_2(argv, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main.parse(argv.split())
+    try:
+        code = run(*argv.split())
+    except SystemExit as stop:
+        code = stop.code
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+    assert code == 2 and message in error and error.count("\n") == 1
 
 
-def test_flags_reach_the_program():
-    args = main.parse(
-        "--STEPS 3 --PREGENSTEPS 4 --BATCH_SIZE 5 --lr_pre_gen 1e-3 --lr_gen 2e-4 --jpeg 75-90 --ema 0.9".split()
+def test_args_are_what_the_user_typed():
+    args = main.parse("--STEPS 3 --BATCH_SIZE 5 --lr_pre_gen 1e-3 --jpeg 75-90 --ema 0.9 --data_dir ./photos".split())
+    assert (args.STEPS, args.BATCH_SIZE, args.lr_pre_gen, args.ema, args.data_dir) == (3, 5, 1e-3, 0.9, "./photos")
+    assert (
+        tuple(args.jpeg) == (75, 90) and str(args.jpeg) == "75-90" and tuple(main.parse(["--jpeg=80"]).jpeg) == (80, 80)
     )
-    assert (args.STEPS, args.PREGENSTEPS, args.BATCH_SIZE, args.lr_pre_gen, args.lr_gen) == (3, 4, 5, 1e-3, 2e-4)
-    assert args.jpeg == (75, 90) and args.ema == 0.9 and not args.pretrained
-    defaults = main.parse([])
-    assert (defaults.vgg_layer, defaults.lr_decay, defaults.precision, defaults.seed) == (
-        "block5_conv4",
-        "paper",
-        "float32",
-        0,
-    )
+    assert (args.PREGENSTEPS, args.weights, args.pretrained) == (2000, None, False)
 
 
-def test_train_both_phases_then_upscale(program, photos, vgg_weights, tmp_path):
-    """From a folder of photos to a picture four times larger, with the real networks."""
-    out, _ = run(
-        program, "--data_dir", photos, "--vgg_layer", "block2_conv2", "--vgg_weights", vgg_weights, "--run_dir", tmp_path / "run",
-        "--PREGENSTEPS", 3, "--STEPS", 2, "--BATCH_SIZE", 2,
-    )  # fmt: skip
-    weights = tmp_path / "run" / "srgan.weights.h5"
-    assert f"python3 main.py --pretrained --weights {weights}" in out
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+@pytest.fixture
+def checked(monkeypatch):
+    """`checked(*argv)`: whether a training with these flags passes all checks; it ends there."""
+
+    class Passed(Exception):
+        pass
+
+    def start():
+        raise Passed
+
+    def checked(*argv):
+        try:
+            assert run(*argv) == 2
+        except Passed:
+            return True
+        return False
+
+    monkeypatch.setattr(main, "start_tensorflow", start)
+    return checked
+
+
+@pytest.mark.parametrize("name", ["srresnet.weights.h5", "srgan.weights.h5"])
+def test_a_folder_in_place_of_the_results_is_refused(checked, tmp_path, capsys, name):
+    (tmp_path / name).mkdir()
+    assert not checked("--run_dir", tmp_path)
+    assert f"{tmp_path / name}: it is not a regular file" in capsys.readouterr().err
+
+
+def test_a_run_folder_that_cannot_be_made_is_refused(checked, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert not checked("--run_dir", tmp_path / "file" / "run")
+    assert "not a folder" in capsys.readouterr().err
+
+
+@pytest.fixture(params=["run", "runs[1]"])
+def resumed(request, tmp_path, monkeypatch):
+    """Flags of a run that was interrupted in its pre-training, and its folder, with names that aren't its own."""
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    flags = ["--run_dir", request.param, "--data_dir", "photos", "--jpeg", "70-95"]
+    for name in ("pretrain-0000005", "pretrain-x1", "gan-", ".DS_Store"):
+        Path(request.param, "checkpoints", name).mkdir(parents=True)
+    Path(request.param, "options.json").write_text(json.dumps(vars(main.parse(flags)), default=str))
+    return flags, Path(request.param)
+
+
+def test_what_may_change_when_a_run_is_resumed(checked, resumed, capsys):
+    flags, run_dir = resumed
+    later = ["--lr_gen", 1e-5, "--STEPS", 9000, "--data_dir", "./photos"]
+    assert checked(*flags) and checked(*flags, *later)
+    assert checked(*flags, "--vgg_layer", "block2_conv2", "--PREGENSTEPS", 9)
+    for more, message in (
+        (["--BATCH_SIZE", 8], "was started with --BATCH_SIZE 128, not with --BATCH_SIZE 8"),
+        (["--jpeg", "70-90"], "was started with --jpeg 70-95, not with --jpeg 70-90"),
+        (["--weights", WEIGHTS], "was started without --weights, not with --weights"),
+    ):
+        assert not checked(*flags, *more)
+        assert message in capsys.readouterr().err
+    (run_dir / "checkpoints" / "gan-0000005").mkdir()
+    assert checked(*flags) and not checked(*flags, "--vgg_layer", "block2_conv2")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", '"text"', "[[1, 2]]", '{"seed": {}, "data_dir": 5}', "\0"])
+def test_options_that_are_not_a_run_s_are_one_line(checked, resumed, capsys, text):
+    flags, run_dir = resumed
+    (run_dir / "options.json").write_text(text)
+    assert not checked(*flags)
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_train_both_phases_then_upscale(photos, vgg_weights, tmp_path, capsys):
+    """From a folder of photos to an image four times larger, with the real networks."""
+    run_dir = tmp_path / "run"
+    flags = "--vgg_layer block2_conv2 --PREGENSTEPS 3 --STEPS 2 --BATCH_SIZE 2".split()
+    assert run("--data_dir", photos, "--run_dir", run_dir, "--vgg_weights", vgg_weights, *flags) == 0
+    weights = run_dir / "srgan.weights.h5"
+    assert f"python3 main.py --pretrained --weights {weights}" in capsys.readouterr().out
     tags = {}
     for phase in ("pretrain", "gan"):
-        (file,) = (tmp_path / "run" / "logs" / phase).glob("events*")
+        (file,) = (run_dir / "logs" / phase).glob("events*")
         events = [tf.compat.v1.Event.FromString(record.numpy()) for record in tf.data.TFRecordDataset(str(file))]
         tags[phase] = {value.tag for event in events for value in event.summary.value}
     assert tags["pretrain"] >= {"MSE Loss", "PSNR"} and tags["gan"] >= {"Perceptual Loss", "Discriminator Loss", "PSNR"}
 
-    hr = np.asarray(Image.open(photos / "valid" / "4.png"))
-    Image.fromarray(hr[:20, :28]).save(tmp_path / "small.png")
-    run(
-        program,
-        "--pretrained",
-        "--weights",
-        weights,
-        "--input",
-        tmp_path / "small.png",
-        "--output",
-        tmp_path / "large.png",
-    )
-    assert Image.open(tmp_path / "large.png").size == (112, 80)
+    Image.open(photos / "valid" / "4.png").crop((0, 0, 28, 20)).save(tmp_path / "a.png")
+    assert run("--pretrained", "--weights", weights, "--input", tmp_path / "a.png", "--output", tmp_path / "b.png") == 0
+    assert Image.open(tmp_path / "b.png").size == (112, 80)
 
 
-@pytest.mark.parametrize("what", ["empty", "no_picture", "small"])
-def test_data_that_cannot_be_used_is_one_line(program, tmp_path, what):
+@pytest.mark.parametrize("what", ["empty", "no_image", "small"])
+def test_data_that_cannot_be_used_is_one_line(tmp_path, capsys, what):
     folder = tmp_path / "photos"
     folder.mkdir()
-    if what == "no_picture":
+    if what == "no_image":
         (folder / "a.png").write_text("text")
     if what == "small":
         Image.fromarray(np.zeros((95, 200, 3), np.uint8)).save(folder / "a.png")
-    _, error = run(program, "--data_dir", folder, "--STEPS", 0, "--run_dir", tmp_path / "run", code=1)
-    assert "no usable pictures" in error.splitlines()[-1] and error.splitlines()[-1].startswith("main.py: ")
+    assert run("--data_dir", folder, "--STEPS", 0, "--run_dir", tmp_path / "run") == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("main.py: ") and "no usable" in error
 
 
-def test_run_folder_that_cannot_be_made_is_one_line(program, photos, tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    _, error = run(program, "--data_dir", photos, "--STEPS", 0, "--run_dir", tmp_path / "file" / "run", code=1)
-    assert error.startswith("main.py: ") and error.count("\n") == 1
+# ------------------------------------------------------------------------------------------------ signals and streams
+
+
+def test_sigterm_removes_what_is_half_written(tmp_path, monkeypatch):
+    def half(network, file, *args, **kwargs):
+        Path(file).write_text("half")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(keras.Model, "export", half)
+    with pytest.raises(SystemExit) as stop:
+        run("--export", tmp_path / "a.tflite")
+    assert stop.value.code == 143 and not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_is_exit_code_130(tmp_path, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "start_tensorflow", interrupted)
+    assert run("--run_dir", tmp_path / "run") == 130
+
+
+def test_printing_never_ends_the_work(tmp_path):
+    """A name that the terminal can't show, an output that nobody reads any more, errors that go nowhere."""
+    Image.new("RGB", (9, 8)).save(tmp_path / "ü.png")
+    Image.new("RGB", (9, 8)).save(tmp_path / "z.png")
+    (tmp_path / "ö.png").write_text("bad")
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        ["sh", "-c", '"$0" "$@" 2>&-', sys.executable, PROGRAM, "--pretrained", "--input", ".", "--output", "out"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONIOENCODING": "ascii:strict"},
+        stdout=writer,
+    )
+    os.close(writer)
+    assert done.returncode == 1  # for the bad image
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["z.png", "ü.png"]

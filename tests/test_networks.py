@@ -103,6 +103,20 @@ def test_weights_survive_a_file(generator, tmp_path):
 def test_weights_that_do_not_fit_are_one_clear_error(generator, tmp_path):
     (tmp_path / "text.weights.h5").write_text("no weights")
     keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]).save_weights(tmp_path / "other.weights.h5")
-    for name in ("text", "other"):
+    generator.save_weights(tmp_path / "whole.weights.h5")
+    whole = (tmp_path / "whole.weights.h5").read_bytes()
+    for place in (8, 680, 1832):  # in the header: h5py raises OSError, RuntimeError, KeyError
+        flipped = bytes(255 - byte for byte in whole[place : place + 8])
+        (tmp_path / f"{place}.weights.h5").write_bytes(whole[:place] + flipped + whole[place + 8 :])
+    for name in ("text", "other", 8, 680, 1832):
         with pytest.raises(ValueError, match="doesn't hold weights of the generator"):
             model.load_weights(generator, tmp_path / f"{name}.weights.h5")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+    network = model.generator()
+    network.get_layer("block3_norm1").moving_variance.assign(np.full(64, value))
+    network.save_weights(tmp_path / "a.weights.h5")
+    with pytest.raises(ValueError, match="not finite"):
+        model.load_weights(network, tmp_path / "a.weights.h5")

@@ -178,7 +178,8 @@ def find_jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
         raise ValueError(f"--output {target} is --input, which is never overwritten: give another name")
     if not source.is_dir():
         with data.open_image(source) as image:
-            data.check_output(target, *(data.SCALE * side for side in image.size))
+            width, height = image.size
+        data.check_output(target, data.SCALE * width, data.SCALE * height)
         return [(source, target)]
     if target.suffix.lower() in data.SUFFIXES or target.is_file():
         raise ValueError(f"--input {source} is a folder: --output must be a folder, too, got {target}")

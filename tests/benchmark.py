@@ -165,10 +165,8 @@ def run(args):
             result["rows"].append({"name": name, **row})
             speed, unit, memory = row.pop("speed"), row.pop("unit"), row.pop("memory (MB)")
             notes = "; ".join(f"{key} {value:.{2 if value < 1 else 0}f}" for key, value in row.items())
-            print(
-                f"| {name} | {speed:,.{0 if speed > 100 else 2 if speed < 10 else 1}f} {unit} | {memory:,.0f} MB | {notes} |",
-                flush=True,
-            )
+            digits = 0 if speed > 100 else 2 if speed < 10 else 1
+            print(f"| {name} | {speed:,.{digits}f} {unit} | {memory:,.0f} MB | {notes} |", flush=True)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
 

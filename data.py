@@ -435,7 +435,7 @@ def open_prepared(path):
 
 # A mapped file takes a file descriptor, and something else may need some, too.
 DESCRIPTORS = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else 2048
-keep_open = functools.lru_cache(max(DESCRIPTORS - 256, DESCRIPTORS // 4))(open_prepared)
+keep_open = functools.lru_cache(max(DESCRIPTORS - 256, 64))(open_prepared)
 
 
 def digest(made_from):
@@ -483,6 +483,7 @@ def prepare(folder: str | Path) -> PreparedImages:
             try:
                 open_prepared(target)
             except (OSError, ValueError, EOFError):  # missing or damaged
+                target.unlink(missing_ok=True)
                 missing.append(path)
                 with contextlib.suppress(ValueError), open_image(path) as image:
                     room += image.width * image.height * 3 * 17 // 16

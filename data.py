@@ -440,7 +440,7 @@ def open_prepared(path):
 
 # A mapped file takes a file descriptor, and something else may need some, too.
 DESCRIPTORS = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else 2048
-keep_open = functools.lru_cache(max(DESCRIPTORS - 256, DESCRIPTORS // 4))(open_prepared)
+keep_open = functools.lru_cache(max(DESCRIPTORS - 256, 64))(open_prepared)
 
 
 def digest(made_from):
@@ -488,6 +488,7 @@ def prepare(folder: str | Path) -> PreparedImages:
             try:
                 open_prepared(target)
             except (OSError, ValueError, EOFError):  # missing or damaged
+                target.unlink(missing_ok=True)
                 missing.append(path)
                 with contextlib.suppress(ValueError), open_image(path) as image:
                     room += image.width * image.height * 3 * 17 // 16
@@ -562,14 +563,15 @@ def patches(
         qualities = 0 * ways
         if jpeg:
             qualities = rng.integers(0, 2, batch_size) * rng.integers(*jpeg, batch_size, endpoint=True)
+        tops, lefts, ways, qualities = (values.tolist() for values in (tops, lefts, ways, qualities))  # faster to index
         lrs = np.empty((share, LR_PATCH, LR_PATCH, 3), np.uint8)
         hrs = np.empty((share, HR_PATCH, HR_PATCH, 3), np.uint8)
         for lr_out, hr_out, i in zip(lrs, hrs, range(part * share, (part + 1) * share)):
-            lr, hr = images[chosen[i]]
-            y, x = np.s_[tops[i] : tops[i] + LR_PATCH], np.s_[lefts[i] : lefts[i] + LR_PATCH]
-            turn(jpeg_patch(lr, y, x, int(qualities[i])) if qualities[i] else lr[y, x], ways[i], lr_out)
-            y, x = np.s_[SCALE * y.start : SCALE * y.stop], np.s_[SCALE * x.start : SCALE * x.stop]
-            turn(hr[y, x], ways[i], hr_out)
+            (lr, hr), top, left = images[chosen[i]], tops[i], lefts[i]
+            y, x = slice(top, top + LR_PATCH), slice(left, left + LR_PATCH)
+            turn(jpeg_patch(lr, y, x, qualities[i]) if qualities[i] else lr[y, x], ways[i], lr_out)
+            top, left = SCALE * top, SCALE * left
+            turn(hr[top : top + HR_PATCH, left : left + HR_PATCH], ways[i], hr_out)
         return lrs, hrs
 
     def with_shapes(step):

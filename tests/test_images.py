@@ -267,6 +267,21 @@ def test_truncated_images_are_one_line(tmp_path, suffix):
         assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_images_are_read_or_refused_in_one_line(tmp_path, kind):
+    path, rng = tmp_path / "a.png", np.random.default_rng(0)
+    whole = np.frombuffer(KINDS[kind][0](), np.uint8)
+    for _ in range(20):
+        damaged = whole.copy()
+        damaged[rng.integers(0, len(damaged), 5)] = rng.integers(0, 256, 5)
+        path.write_bytes(damaged)
+        try:
+            assert data.read_rgb(path).shape[2] == 3
+        except ValueError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+
+
 def test_32_bit_and_missing_images_are_one_line(tmp_path):
     Image.fromarray(np.float32(GREY)).save(tmp_path / "a.tif")
     with pytest.raises(ValueError, match="a.tif.*32-bit"):

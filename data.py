@@ -358,7 +358,7 @@ def download(url, part, size):
             if part.stat().st_size < size:
                 raise OSError("the connection ended early")
         except (OSError, http.client.HTTPException) as error:
-            if tries == len(WAITS):
+            if tries == len(WAITS) or getattr(error, "code", None) in (401, 403, 404, 410):  # which no retry mends
                 hint = f"go on by the same command, put the file into {part.parent} yourself, or use --data_dir"
                 raise OSError(f"can't download {url} ({error}): {hint}") from error
             print(f"{url}: {error}; trying again in {WAITS[tries]} s", file=sys.stderr)

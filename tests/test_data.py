@@ -626,7 +626,7 @@ def test_a_failing_server_is_tried_again(server, folder, behaviour, ranges):
 @pytest.mark.parametrize(
     "behaviour, tries, words",
     [
-        ("404", 3, "404"),
+        ("404", 1, "404"),
         ("503", 3, "503"),
         ("stalls at once", 3, "timed out"),
         ("wrong", 1, "not the published archive"),

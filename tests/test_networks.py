@@ -88,7 +88,7 @@ def test_bfloat16_does_not_shift_colours():
     exact, mixed = model.generator(), model.generator("bfloat16")
     for network in (exact, mixed):
         model.load_weights(network, main.WEIGHTS / "srresnet.weights.h5")
-    lr = data.read_rgb(main.WEIGHTS.parent / "input.jpg")[None].astype(np.float32)
+    lr = data.read_rgb(main.WEIGHTS.parent / "input.jpg")[None, 30:62, 40:72].astype(np.float32)
     shift = np.mean(mixed(lr) - exact(lr), axis=(0, 1, 2))
     assert np.abs(shift).max() < 0.3  # grey levels
 

@@ -396,7 +396,6 @@ def start_tensorflow() -> str:
     Its C++ code prints to stderr before any setting can prevent it, hence the detour of file descriptor 2.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # off by default without AVX-512, but 2.5 times as fast
     sys.stderr.flush()
     stderr = os.dup(2)
     with open(os.devnull, "wb") as nowhere:
@@ -433,6 +432,8 @@ def main(argv: list[str] | None = None) -> int:
             task = partial(export, args, find_weights(args))
         else:
             check_training(args)
+            # Off by default without AVX-512, where it makes training 1.8 times as fast, but upscaling much slower.
+            os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
             task = partial(train, args)
         code = 1
         print(f"Running on {start_tensorflow()}", flush=True)

@@ -125,6 +125,8 @@ def upscaling(height, width, precision):
 
 def measure(function, *arguments):
     """In a fresh process. Returns the row."""
+    if function is training:
+        os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # as main.py sets it
     main.start_tensorflow()
     row = function(*arguments)
     return {**row, "memory (MB)": peak_memory()}

@@ -397,7 +397,9 @@ def lock(folder: str | Path, wait: bool = True):
     except BlockingIOError as error:
         raise OSError(f"another process is using {folder}: wait for its end, or choose another folder") from error
     except OSError as error:
-        raise OSError(f"can't write {folder}: {error.strerror}") if error.errno else error from error
+        if not (wait and error.errno):
+            raise
+        raise OSError(f"can't write {folder}: {error.strerror}") from error
 
 
 def check_room(folder, needed, what):

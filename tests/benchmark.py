@@ -72,18 +72,18 @@ def training(phase, precision, xla, batch_size, steps=10):
 def patches(data_dir, jpeg, batch_size, seconds=5):
     """Patch pairs per second out of `data.patches` from a prepared store that has been read once.
 
-    `data_dir`: pictures to read; None: twenty of 2 megapixels, made for the purpose. The memory counts the pages of the
+    `data_dir`: images to read; None: twenty of 2 megapixels, made for the purpose. The memory counts the pages of the
     store that the system happens to keep, and can drop again.
     """
     with tempfile.TemporaryDirectory() as folder:
         if data_dir is None:
             data.FOLDER, data_dir = Path(folder) / "data", folder
             for i in range(20):
-                picture = np.random.default_rng(i).integers(0, 256, (1152, 1728, 3), np.uint8)
-                Image.fromarray(picture).save(Path(folder) / f"{i}.bmp")
-        pictures, _ = data.load(data_dir)
-        [hr.max() for _, hr in pictures]  # now in memory as far as it fits
-        batches = iter(data.patches(pictures, batch_size, 0, sys.maxsize - 1, seed=0, jpeg=jpeg))
+                image = np.random.default_rng(i).integers(0, 256, (1152, 1728, 3), np.uint8)
+                Image.fromarray(image).save(Path(folder) / f"{i}.bmp")
+        images, _ = data.load(data_dir)
+        [hr.max() for _, hr in images]  # now in memory as far as it fits
+        batches = iter(data.patches(images, batch_size, 0, sys.maxsize - 1, seed=0, jpeg=jpeg))
         for _ in itertools.islice(batches, 20):
             pass
         count, start = 0, time.perf_counter()
@@ -176,7 +176,7 @@ def run(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--BATCH_SIZE", type=int, default=16, metavar="N", help="patches in a step")
-    parser.add_argument("--data_dir", metavar="DIR", help="pictures to read instead of made ones")
+    parser.add_argument("--data_dir", metavar="DIR", help="images to read instead of made ones")
     parser.add_argument("--only", default="", metavar="TEXT", help="the rows whose names hold this")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there, too")
     run(parser.parse_args())

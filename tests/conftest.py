@@ -1,4 +1,4 @@
-"""Small pictures with edges and texture, and a VGG19 of random weights: nothing is read from outside the repository."""
+"""Small images with edges and texture, and a VGG19 of random weights: nothing is read from outside the repository."""
 
 import os
 
@@ -9,8 +9,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 
-def make_picture(seed, width=128, height=112):
-    """An RGB picture of smooth colour, shapes with sharp edges, and fine texture."""
+def make_image(seed, width=128, height=112):
+    """An RGB image of smooth colour, shapes with sharp edges, and fine texture."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width] / 32
     waves = [np.sin(a * x + b * y + c) for a, b, c in rng.uniform(-2, 2, (3, 3))]
@@ -31,7 +31,7 @@ def photos(tmp_path_factory):
     for part, seeds in (("train", range(4)), ("valid", range(4, 6))):
         (folder / part).mkdir()
         for seed in seeds:
-            Image.fromarray(make_picture(seed)).save(folder / part / f"{seed}.png")
+            Image.fromarray(make_image(seed)).save(folder / part / f"{seed}.png")
     return folder
 
 

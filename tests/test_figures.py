@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 import tensorflow as tf
-from conftest import make_picture
+from conftest import make_image
 from PIL import Image
 
 from assets import figures
@@ -16,7 +16,7 @@ MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None  # .ci/run insta
 
 def write_logs(run, phase, evaluations):
     """Write TensorBoard's points of a phase, tagged as train.py tags them."""
-    image = make_picture(0, 160, 152)
+    image = make_image(0, 160, 152)
     with tf.summary.create_file_writer(str(run / "logs" / phase)).as_default():
         tf.summary.image("crop/HR", image[None], step=0)
         tf.summary.image("crop/bicubic", image[None] // 2, step=0)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_picture
+from conftest import make_image
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
 import data
@@ -25,7 +25,7 @@ def nearest(lr, progress=None):
     return lr.repeat(4, axis=0).repeat(4, axis=1)
 
 
-RGB = make_picture(0, 40, 30)
+RGB = make_image(0, 40, 30)
 GREY = RGB[..., 1]
 ALPHA = np.uint8(np.linspace(0, 255, 40))[None].repeat(30, axis=0)
 RGBA = np.dstack([RGB, ALPHA])
@@ -258,7 +258,7 @@ def test_colours_under_transparency_do_not_bleed(tmp_path):
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "tif", "gif"])
 def test_truncated_images_are_one_line(tmp_path, suffix):
     path = tmp_path / f"a.{suffix}"
-    Image.fromarray(make_picture(0, 128, 96)).save(path)
+    Image.fromarray(make_image(0, 128, 96)).save(path)
     whole = path.read_bytes()
     for length in (0, 20, len(whole) // 2):
         path.write_bytes(whole[:length])

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import make_picture
+from conftest import make_image
 
 import losses
 
@@ -57,7 +57,7 @@ def test_vgg_features_are_the_networks_own(vgg_weights):
 
     with h5py.File(vgg_weights) as file:
         layers = [[file[f"layers/conv2d{n}/vars/{i}"][()] for i in (0, 1)] for n in ("", "_1", "_2", "_3")]
-    x = make_picture(0, 16, 16)[..., ::-1] - np.array([103.939, 116.779, 123.68])
+    x = make_image(0, 16, 16)[..., ::-1] - np.array([103.939, 116.779, 123.68])
     for i, (kernel, bias) in enumerate(layers):
         if i == 2:
             x = x.reshape(8, 2, 8, 2, 64).max((1, 3))
@@ -65,7 +65,7 @@ def test_vgg_features_are_the_networks_own(vgg_weights):
         windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (0, 1))  # h, w, channel, 3, 3
         x = np.maximum(np.einsum("hwcij,ijco->hwo", windows, kernel) + bias, 0)
     vgg = losses.vgg_features("block2_conv2", vgg_weights)
-    features = vgg(make_picture(0, 16, 16)[None].astype(np.float32))[0]
+    features = vgg(make_image(0, 16, 16)[None].astype(np.float32))[0]
     np.testing.assert_allclose(features, x / 510, rtol=1e-3, atol=1e-5)
     assert not vgg.trainable_variables
 
@@ -81,7 +81,7 @@ def test_vgg54_has_the_papers_scale(tmp_path):
 
 def test_vgg_in_bfloat16_compares_in_float32(vgg_weights):
     """Its rounding is small beside the distances that the loss measures."""
-    hr, sr = (make_picture(seed, 64, 64)[None].astype(np.float32) for seed in (0, 1))
+    hr, sr = (make_image(seed, 64, 64)[None].astype(np.float32) for seed in (0, 1))
     exact, rounded = (
         losses.vgg_features("block2_conv2", vgg_weights, precision) for precision in ("float32", "bfloat16")
     )
@@ -106,9 +106,9 @@ def test_vgg_of_keras_own_file(vgg_weights, tmp_path):
             group.attrs["weight_names"] = [f"{layer.name}/{w.name}:0".encode() for w in layer.weights]
             for w in layer.weights:
                 group[f"{layer.name}/{w.name}:0"] = w.numpy()
-    picture = make_picture(1, 32, 32)[None].astype(np.float32)
-    expected = losses.vgg_features("block2_conv2", vgg_weights)(picture)
-    np.testing.assert_allclose(losses.vgg_features("block2_conv2", path)(picture), expected, rtol=1e-5)
+    image = make_image(1, 32, 32)[None].astype(np.float32)
+    expected = losses.vgg_features("block2_conv2", vgg_weights)(image)
+    np.testing.assert_allclose(losses.vgg_features("block2_conv2", path)(image), expected, rtol=1e-5)
 
 
 def test_vgg_file_that_is_too_shallow_or_no_weights(vgg_weights, tmp_path):
@@ -146,13 +146,11 @@ def test_psnr_by_hand_and_without_the_border():
 
 
 def test_ssim_against_numpy():
-    hr = make_picture(0, 40, 36)
+    hr = make_image(0, 40, 36)
     sr = np.uint8(np.clip(hr + np.random.default_rng(0).normal(0, 12, hr.shape), 0, 255))
     gauss = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
     window = np.outer(gauss, gauss) / gauss.sum() ** 2
-    a, b = (
-        np.lib.stride_tricks.sliding_window_view(losses.luma(picture)[4:-4, 4:-4], (11, 11)) for picture in (sr, hr)
-    )
+    a, b = (np.lib.stride_tricks.sliding_window_view(losses.luma(image)[4:-4, 4:-4], (11, 11)) for image in (sr, hr))
 
     def mean(x):
         return (x * window).sum((-1, -2))

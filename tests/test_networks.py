@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import make_picture
+from conftest import make_image
 
 import data
 import losses
@@ -66,7 +66,7 @@ def test_tail_is_the_papers_pixel_shuffle_prelu_and_convolution():
 def test_untrained_generator_upscales_like_bicubic(generator):
     ours, bicubic = [], []
     for seed in range(3):
-        hr = make_picture(seed, 192, 160)
+        hr = make_image(seed, 192, 160)
         lr = data.degrade(hr)
         sr = generator(lr[None].astype(np.float32), training=False)[0]
         ours.append(losses.psnr(np.uint8(np.round(np.clip(sr, 0, 255))), hr))
@@ -75,7 +75,7 @@ def test_untrained_generator_upscales_like_bicubic(generator):
 
 
 def test_bfloat16_computes_close_and_returns_float32(generator):
-    lr = make_picture(0, 24, 24)[None].astype(np.float32)
+    lr = make_image(0, 24, 24)[None].astype(np.float32)
     mixed = model.generator("bfloat16")
     mixed.set_weights(generator.get_weights())
     sr = mixed(lr)

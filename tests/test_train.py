@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tiny
-from conftest import make_picture
+from conftest import make_image
 
 import data
 import losses
@@ -35,8 +35,8 @@ def flags(*args):
 
 
 def batch(size=2):
-    hr = np.stack([make_picture(seed, 96, 96) for seed in range(size)])
-    return np.stack([data.degrade(picture) for picture in hr]), hr
+    hr = np.stack([make_image(seed, 96, 96) for seed in range(size)])
+    return np.stack([data.degrade(image) for image in hr]), hr
 
 
 def values(network):
@@ -222,15 +222,15 @@ def test_a_run_that_was_cut_off_ends_like_one_that_was_not(
     same_result(cut, whole)
 
 
-def test_curves_and_pictures_of_a_run(tiny_networks, photos, tmp_path):
+def test_curves_and_images_of_a_run(tiny_networks, photos, tmp_path):
     train.train(flags(photos, tmp_path / "run"))
     pretrain, gan = (points(tmp_path / "run" / "logs" / phase) for phase in ("pretrain", "gan"))
-    pictures = {"crop/bicubic", "crop/SR", "crop/HR"}
-    assert {tag for tag, _ in pretrain} == {"MSE Loss", "PSNR"} | pictures
+    images = {"crop/bicubic", "crop/SR", "crop/HR"}
+    assert {tag for tag, _ in pretrain} == {"MSE Loss", "PSNR"} | images
     assert {tag for tag, _ in gan} == {
         "Perceptual Loss", "Discriminator Loss", "Content Loss", "Adversarial Loss", "Colour Loss", "D(HR)", "D(SR)",
         "PSNR", "Validation Content Loss",
-    } | pictures  # fmt: skip
+    } | images  # fmt: skip
     assert [step for tag, step in pretrain if tag == "PSNR"] == [0, 4, 8, 12]
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == [
         "gan-0000005", "gan-0000008", "pretrain-0000010", "pretrain-0000012",

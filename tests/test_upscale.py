@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import make_picture
+from conftest import make_image
 from PIL import Image
 
 import data
@@ -93,7 +93,7 @@ def test_tiles_own_every_pixel_once_and_keep_their_halo(halo):
     "size, tiles", [((1, 1), (768, 128)), ((2, 50), (81, 7)), ((70, 101), (90, 24)), ((90, 60), (768, 40))]
 )
 def test_tiles_are_exact(network, size, tiles):
-    lr = make_picture(3)[: size[0], : size[1]]
+    lr = make_image(3)[: size[0], : size[1]]
     sr = model.make_upscaler(network, False, *tiles)(lr)
     assert sr.std() > 20 or sr.size < 100
     assert_equal_but_for_rounding(sr, whole(network, lr))
@@ -115,7 +115,7 @@ def test_random_tiles_are_exact_on_trained_weights(trained, seed):
     rng = np.random.default_rng(seed)
     height, width = rng.integers(1, 350, 2)
     upscaler = model.make_upscaler(trained, False, int(rng.integers(81, 300)), int(rng.integers(7, 150)))
-    lr = make_picture(seed, 400, 400)[:height, :width]
+    lr = make_image(seed, 400, 400)[:height, :width]
     assert_equal_but_for_rounding(upscaler(lr), whole(trained, lr))
 
 
@@ -141,7 +141,7 @@ def reaching(corner):
 
 @pytest.mark.parametrize("corner", [0, -1])
 def test_halos_are_enough_and_no_more_than_that(monkeypatch, corner):
-    network, lr = reaching(corner), make_picture(3, 110, 95)
+    network, lr = reaching(corner), make_image(3, 110, 95)
     upscaler = model.make_upscaler(network, False, 90, 20)
     expected = whole(network, lr)
     assert_equal_but_for_rounding(upscaler(lr), expected)
@@ -152,13 +152,13 @@ def test_halos_are_enough_and_no_more_than_that(monkeypatch, corner):
 
 
 def test_neutral_colours_stay_neutral(network):
-    grey = make_picture(1, 40, 30)[..., :1]
+    grey = make_image(1, 40, 30)[..., :1]
     upscaler = model.make_upscaler(network)
     assert np.array_equal(upscaler(grey.repeat(3, axis=2)), upscaler(grey).repeat(3, axis=2))
 
 
 def test_bfloat16_is_close(network):
-    lr = make_picture(2, 40, 30)
+    lr = make_image(2, 40, 30)
     mixed = model.generator("bfloat16")
     mixed.set_weights(network.get_weights())
     difference = np.int32(model.make_upscaler(mixed)(lr)) - model.make_upscaler(network)(lr)
@@ -166,7 +166,7 @@ def test_bfloat16_is_close(network):
 
 
 def test_grey_and_16_bit_follow_the_network(network):
-    grey = make_picture(1, 40, 30)[..., :1]
+    grey = make_image(1, 40, 30)[..., :1]
     expected = whole(network, grey.repeat(3, axis=2)).mean(axis=-1, keepdims=True)
     upscaler = model.make_upscaler(network)
     assert_equal_but_for_rounding(upscaler(grey), expected)
@@ -176,7 +176,7 @@ def test_grey_and_16_bit_follow_the_network(network):
 
 
 def test_ensemble_is_the_mean_of_eight(network):
-    lr = make_picture(5, 98, 60)
+    lr = make_image(5, 98, 60)
     total = 0
     for mirrored in (False, True):
         view = lr[::-1] if mirrored else lr
@@ -189,7 +189,7 @@ def test_ensemble_is_the_mean_of_eight(network):
 def test_progress_adds_up(network):
     for ensemble in (False, True):
         done = []
-        model.make_upscaler(network, ensemble, 90, 30)(make_picture(0, 95, 12), done.append)
+        model.make_upscaler(network, ensemble, 90, 30)(make_image(0, 95, 12), done.append)
         assert len(done) > 4 and sum(done) == pytest.approx(95 * 12)
 
 
@@ -303,7 +303,7 @@ def run(*argv):
 def test_a_folder_of_images(tmp_path, weights, capsys):
     source, target = tmp_path / "in", tmp_path / "new" / "out"
     source.mkdir()
-    image = make_picture(2, 30, 20)
+    image = make_image(2, 30, 20)
     for suffix in ("png", "jpg", "webp", "bmp", "tif", "gif"):
         Image.fromarray(image).save(source / f"{suffix}.{suffix}")
     (source / "bad.png").write_bytes(b"not an image")
@@ -325,7 +325,7 @@ def test_a_folder_of_images(tmp_path, weights, capsys):
 def test_names_by_default(tmp_path, weights, monkeypatch):
     """input.jpg to output.jpg in the current folder."""
     monkeypatch.chdir(tmp_path)
-    Image.fromarray(make_picture(0, 24, 16)).save("input.jpg", quality=95)
+    Image.fromarray(make_image(0, 24, 16)).save("input.jpg", quality=95)
     assert run("--pretrained", "--weights", weights / "srgan.weights.h5", "--ensemble", "--blend", 0.5) == 0
     with Image.open("output.jpg") as image:
         assert image.size == (96, 64) and image.format == "JPEG"
@@ -419,7 +419,7 @@ def make_benchmark(folder, with_lr):
     (folder / "HR").mkdir(parents=True)
     (folder / "LR_x4").mkdir()
     for seed in range(2):
-        hr = make_picture(seed, 96, 80)
+        hr = make_image(seed, 96, 80)
         Image.fromarray(hr).save(folder / "HR" / f"{seed}.png")
         if with_lr:
             Image.fromarray(data.degrade(hr)).save(folder / "LR_x4" / f"{seed}x4.png")
@@ -487,7 +487,7 @@ def test_scores_agree_with_the_independent_tool(tmp_path, weights):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
 def test_100_megapixels_in_bounded_memory(tmp_path, weights, mode):
-    image = Image.fromarray(make_picture(0, 500, 500)).resize((2500, 2500)).convert(mode)
+    image = Image.fromarray(make_image(0, 500, 500)).resize((2500, 2500)).convert(mode)
     image.save(tmp_path / "a.png")
     argv = ["--pretrained", "--input", "a.png", "--output", "b.png", "--weights", str(weights / "srgan.weights.h5")]
     code = "import main, sys; from benchmark import peak_memory; print(main.main(sys.argv[1:]), peak_memory())"

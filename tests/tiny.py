@@ -35,9 +35,9 @@ def discriminator(precision="float32"):
 
 
 def vgg_features(layer="", weights=None, precision="float32"):
-    pictures = keras.Input((None, None, 3))
+    images = keras.Input((None, None, 3))
     conv = layers.Conv2D(4, 3, kernel_initializer=keras.initializers.GlorotUniform(seed=0))
-    vgg = keras.Model(pictures, conv(layers.Rescaling(1 / 255)(pictures)))
+    vgg = keras.Model(images, conv(layers.Rescaling(1 / 255)(images)))
     vgg.trainable = False
     return vgg
 

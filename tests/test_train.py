@@ -268,8 +268,10 @@ def test_damaged_checkpoint_is_passed_over(tiny_networks, photos, tmp_path, caps
 
 
 def test_loss_that_is_not_finite_stops_the_run(tiny_networks, photos, tmp_path):
+    args = flags(photos, tmp_path / "run", "--lr_decay", "none")
+    args.lr_pre_gen = 1e30
     with pytest.raises(FloatingPointError, match="after step 4.*last good checkpoint.*lower learning rate"):
-        train.train(flags(photos, tmp_path / "run", "--lr_pre_gen", "1e30", "--lr_decay", "none"))
+        train.train(args)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

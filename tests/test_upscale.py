@@ -259,7 +259,7 @@ def places(tmp_path, weights, monkeypatch):
         ("--evaluate folder --json empty", "not a regular file"),
         ("--evaluate folder --json folder/a.png", "never overwritten"),
         ("--evaluate scores/HR --json hr.json", "never overwritten"),
-        ("--input fifo.jpg --output b.png", "fifo.jpg is not a regular file"),
+        ("--input fifo.jpg --output b.png", "fifo.jpg: it is not a regular file"),
         ("--input a.png --output b.png --blend 0.5 --weights srresnet.weights.h5", "--blend mixes"),
         ("--export folder", "other files than a SavedModel's"),
         ("--export empty", "other files than a SavedModel's"),

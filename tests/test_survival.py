@@ -69,12 +69,12 @@ def wait_for_checkpoint(process, run_dir, phase):
 
 
 @pytest.mark.parametrize(
-    "networks, kills, steps", [("tiny", 1, 90), pytest.param("real", 20, 90, marks=pytest.mark.slow)]
+    "networks, kills, steps", [("tiny", 1, 90), pytest.param("real", 20, 150, marks=pytest.mark.slow)]
 )
 def test_a_run_that_is_killed_at_random_ends_like_one_that_is_not(start, tmp_path, vgg_weights, networks, kills, steps):
     """Many of these moments lie in the writing of a checkpoint."""
     rng = random.Random(0)
-    flags = f"--PREGENSTEPS {steps} --STEPS {steps} --save_every 2 --eval_every 9 --ema 0.9"
+    flags = f"--PREGENSTEPS {steps} --STEPS {steps} --save_every 2 --eval_every 30 --ema 0.9"
     flags += f" --vgg_layer block2_conv2 --vgg_weights {vgg_weights}"
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(start(whole, flags, TINY_NETWORKS=networks), timeout=3600)
@@ -82,7 +82,7 @@ def test_a_run_that_is_killed_at_random_ends_like_one_that_is_not(start, tmp_pat
         for _ in range(kills):
             process = start(killed, flags, TINY_NETWORKS=networks)
             wait_for_checkpoint(process, killed, phase)
-            time.sleep(rng.uniform(0, 0.2 if networks == "tiny" else 3))
+            time.sleep(rng.uniform(0, 0.2 if networks == "tiny" else 1))
             process.kill()
             finish(process, -signal.SIGKILL)
     output = finish(start(killed, flags, TINY_NETWORKS=networks), timeout=3600)

@@ -18,8 +18,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 RESULTS = ("srresnet.weights.h5", "srgan.weights.h5")  # of a run, in its folder
 ERRORS = (OSError, ValueError, ArithmeticError, MemoryError)  # one line each; any other exception is a bug
@@ -266,6 +264,8 @@ def check_resuming(run_dir: Path, args: argparse.Namespace) -> None:
 
 def upscale(args: argparse.Namespace, weights: list[Path], jobs: list[tuple[Path, Path]]) -> int:
     """`--pretrained`: write each image four times larger. Returns the exit code."""
+    from tqdm import tqdm
+
     import model
 
     upscaler = model.make_upscaler(model.load_generator(weights, args.blend, args.precision), args.ensemble)
@@ -282,6 +282,8 @@ def upscale(args: argparse.Namespace, weights: list[Path], jobs: list[tuple[Path
 
 def upscale_image(upscaler: Callable, source: Path, target: Path) -> str:
     """From file to file. Returns a line about the result. Raises OSError or ValueError."""
+    from tqdm import tqdm
+
     import data
 
     image = data.read_image(source)
@@ -354,6 +356,8 @@ def train(args: argparse.Namespace) -> int:
 
 def report(message: BaseException | str) -> None:
     """Print one line on stderr."""
+    from tqdm import tqdm
+
     if sys.flags.dev_mode and isinstance(message, BaseException):
         traceback.print_exception(message)
     tqdm.write(f"main.py: {' '.join(str(message).split()) or 'out of memory'}", file=sys.stderr)
@@ -367,6 +371,8 @@ def exit_code(failed: int, count: int) -> int:
 
 def show_warning(message, *details) -> None:
     """One line in place of Python's two with the source code."""
+    from tqdm import tqdm
+
     tqdm.write(f"Warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 

@@ -107,7 +107,7 @@ def colour_loss(hr, sr):
     luma, chroma = difference[..., :1], difference[..., 1:]
     luma = tf.nn.space_to_depth(luma, 4)  # (batch, h, w, 16)
     blocks, places = (tf.reduce_mean(tf.square(tf.reduce_mean(luma, axes))) for axes in (3, (1, 2)))
-    return 2 * tf.reduce_mean(tf.square(chroma)) + blocks + 10 * places
+    return blocks + 10 * (tf.reduce_mean(tf.square(chroma)) + places)
 
 
 def perceptual_loss(content, adversarial, colour):

@@ -48,7 +48,7 @@ def test_colour_loss_sees_chroma_at_each_pixel(shift):
     checks = np.where(np.indices((8, 8)).sum(0) % 2, 1, -1)[..., None]
     hr = np.full((1, 8, 8, 3), 100, np.float32)
     sr = hr + np.float32(12.75 * checks * shift)
-    assert float(losses.colour_loss(hr, sr)) == pytest.approx(0.01 * np.mean(np.square(shift)), rel=1e-5)
+    assert float(losses.colour_loss(hr, sr)) == pytest.approx(5 * 0.01 * np.mean(np.square(shift)), rel=1e-5)
 
 
 def test_vgg_features_are_the_networks_own(vgg_weights):

@@ -22,7 +22,6 @@ from PIL import Image
 import data
 
 ROOT = Path(data.__file__).resolve().parent
-BENCHMARKS = ROOT.parent / "shared" / "data"
 
 
 def noise(height, width, seed=0):
@@ -106,18 +105,6 @@ def test_degradation_is_matlabs():
     np.testing.assert_array_equal(data.degrade(noise(80, 64))[inner], imresize(noise(80, 64))[inner])
     in_one_go = Image.fromarray(synthetic()).resize((16, 16), Image.Resampling.BICUBIC)
     assert (np.asarray(in_one_go) != imresize(synthetic()))[inner].any()  # so this image can tell
-
-
-@pytest.mark.skipif(not (BENCHMARKS / "Set5").is_dir(), reason="needs the benchmarks beside the repository")
-@pytest.mark.parametrize("name, count", [("Set5", 5), ("Set14", 14)])
-def test_degradation_makes_the_benchmarks(name, count):
-    files = sorted((BENCHMARKS / name / "LR_x4").glob("*.png"))
-    assert len(files) == count
-    for file in files:
-        lr = np.asarray(Image.open(file).convert("RGB"))
-        hr = np.asarray(Image.open(BENCHMARKS / name / "HR" / file.name).convert("RGB"))
-        made = data.degrade(np.ascontiguousarray(hr[: 4 * lr.shape[0], : 4 * lr.shape[1]]))
-        np.testing.assert_array_equal(made[4:-4, 4:-4], lr[4:-4, 4:-4])
 
 
 # ------------------------------------------------------------------------------------------------- prepared images

@@ -167,9 +167,28 @@ def make_schedule(name: str, learning_rate: float, steps: int, drop: bool = Fals
     return keras.optimizers.schedules.PiecewiseConstantDecay([max(1, steps // 2)], [learning_rate, second])
 
 
+class Adam(keras.optimizers.Adam):
+    """Keras's, with TensorFlow's fused kernel: one pass over the weights instead of a dozen."""
+
+    def update_step(self, gradient, variable, learning_rate):
+        i, step = self._get_variable_index(variable), tf.cast(self.iterations + 1, tf.float32)
+        tf.raw_ops.ResourceApplyAdam(
+            var=variable.handle,
+            m=self._momentums[i].value.handle,
+            v=self._velocities[i].value.handle,
+            beta1_power=self.beta_1**step,
+            beta2_power=self.beta_2**step,
+            lr=learning_rate,
+            beta1=self.beta_1,
+            beta2=self.beta_2,
+            epsilon=self.epsilon,
+            grad=gradient,
+        )
+
+
 def make_optimizer(schedule, network, ema: float = 0.0):
     """Adam as in the paper; with `ema`, it also averages the weights over the steps."""
-    optimizer = keras.optimizers.Adam(schedule, beta_1=0.9, use_ema=ema > 0, ema_momentum=ema or 0.99)
+    optimizer = Adam(schedule, beta_1=0.9, use_ema=ema > 0, ema_momentum=ema or 0.99)
     optimizer.build(network.trainable_variables)
     return optimizer
 

@@ -104,6 +104,19 @@ def test_pretraining_overfits_one_batch():
     assert history[-1] < 0.5 * history[0]
 
 
+def test_adam_is_kerass():
+    rng = np.random.default_rng(0)
+    start, gradients = rng.normal(size=(5, 3)), [tf.constant(rng.normal(size=(5, 3)), tf.float32) for _ in range(4)]
+    schedule = train.make_schedule("cosine", 1e-2, 4)
+    networks = [keras.Variable(start, dtype="float32") for _ in range(2)]
+    for variable, kind in zip(networks, (keras.optimizers.Adam, train.Adam)):
+        optimizer = kind(schedule, beta_1=0.9)
+        for gradient in gradients:
+            optimizer.apply([gradient], [variable])
+    assert abs(networks[0] - start).numpy().min() > 1e-3
+    np.testing.assert_allclose(networks[1], networks[0], rtol=1e-5)
+
+
 def test_schedules():
     paper = train.make_schedule("paper", 1e-4, 100, drop=True)
     assert [float(paper(step)) for step in (0, 49, 51, 99)] == pytest.approx([1e-4, 1e-4, 1e-5, 1e-5])

@@ -148,15 +148,11 @@ def spread_colours(pixels: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     return np.where(visible, pixels, colours).astype(pixels.dtype)
 
 
-def check_output(path: str | Path, width: int = 0, height: int = 0):
-    """Raise ValueError or OSError if an image of this size can't be written to `path`, as far as can be known."""
+def check_output(path: str | Path, width: int, height: int):
+    """Raise ValueError if no image of this size can be written to a file of this name."""
     path = Path(path)
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"can't write {path}: the name of an image ends in one of {' '.join(sorted(FORMATS))}")
-    if path.exists() and not path.is_file():
-        raise OSError(f"can't write {path}: it is {'a folder' if path.is_dir() else 'not a regular file'}")
-    if not os.access(path.parent, os.W_OK):
-        raise OSError(f"can't write {path}: there is no folder {path.parent}, or it is read-only")
     kind, longest = FORMATS[path.suffix.lower()]
     if max(width, height) > longest:
         raise ValueError(f"can't write {path}: {width}x{height} is more than the {longest:,} pixels a side of a {kind}")
@@ -219,6 +215,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is not a regular file")
         for leftover in path.parent.glob(".srgan-????????.tmp"):
             with contextlib.suppress(OSError):  # gone meanwhile, or another user's
                 if time.time() - leftover.stat().st_mtime > 3600:

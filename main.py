@@ -148,7 +148,7 @@ def must_exist(path: str | Path, what: str, kind: Callable = Path.is_file) -> Pa
 def must_be_writable(path: Path) -> None:
     """`path` can become a file, with the folders that are missing."""
     if path.exists() and not path.is_file():
-        raise OSError(f"can't write {path}: it is not a regular file")
+        raise OSError(f"can't write {path}: it is {'a folder' if path.is_dir() else 'not a regular file'}")
     above = next(folder for folder in path.absolute().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise PermissionError(f"can't write {path}: {above} is read-only or not a folder")
@@ -175,6 +175,7 @@ def find_jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
     if target.exists() and target.samefile(source):
         raise ValueError(f"--output {target} is --input, which is never overwritten: give another name")
     if not source.is_dir():
+        must_be_writable(target)
         with data.open_image(source) as image:
             width, height = image.size
         data.check_output(target, data.SCALE * width, data.SCALE * height)
@@ -354,26 +355,19 @@ def train(args: argparse.Namespace) -> int:
 # -------------------------------------------------------------------------------------------------------- the program
 
 
-def report(message: BaseException | str) -> None:
+def report(message: BaseException | str, label: str = "main.py") -> None:
     """Print one line on stderr."""
     from tqdm import tqdm
 
-    if sys.flags.dev_mode and isinstance(message, BaseException):
+    if sys.flags.dev_mode and isinstance(message, Exception):
         traceback.print_exception(message)
-    tqdm.write(f"main.py: {' '.join(str(message).split()) or 'out of memory'}", file=sys.stderr)
+    tqdm.write(f"{label}: {' '.join(str(message).split()) or 'out of memory'}", file=sys.stderr)
 
 
 def exit_code(failed: int, count: int) -> int:
     if failed and count > 1:
         report(f"{failed} of {count} images failed")
     return 1 if failed else 0
-
-
-def show_warning(message, *details) -> None:
-    """One line in place of Python's two with the source code."""
-    from tqdm import tqdm
-
-    tqdm.write(f"Warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 class Stream(io.FileIO):
@@ -423,7 +417,7 @@ def start_tensorflow() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program. Returns the exit code."""
-    warnings.showwarning = show_warning
+    warnings.showwarning = lambda message, *details: report(str(message), "Warning")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # removes temporary files on the way
     code = 2
     try:

@@ -451,10 +451,9 @@ def test_outputs_are_regular_files(tmp_path):
     os.mkfifo(tmp_path / "fifo.png")
     (tmp_path / "null.png").symlink_to("/dev/null")
     (tmp_path / "folder.png").mkdir()
-    for name, what in (("fifo", "not a regular file"), ("null", "not a regular file"), ("folder", "a folder")):
-        with pytest.raises(OSError, match=f"can't write .*{name}.png: it is {what}"):
-            data.check_output(tmp_path / f"{name}.png")
-    data.check_output(tmp_path / "new.png")
+    for name in ("fifo", "null", "folder"):
+        with pytest.raises(OSError, match=f"can't write .*{name}.png: it is not a regular file"):
+            data.write_image(tmp_path / f"{name}.png", data.ImageData(RGB))
     for path in (tmp_path / "nowhere" / "a.png", Path("/proc/a.png")):
         with pytest.raises(OSError, match="can't write .*a.png: "):
             data.write_image(path, data.ImageData(RGB))

@@ -137,7 +137,7 @@ def checked(monkeypatch):
 def test_a_folder_in_place_of_the_results_is_refused(checked, tmp_path, capsys, name):
     (tmp_path / name).mkdir()
     assert not checked("--run_dir", tmp_path)
-    assert f"{tmp_path / name}: it is not a regular file" in capsys.readouterr().err
+    assert f"{tmp_path / name}: it is a folder" in capsys.readouterr().err
 
 
 def test_a_run_folder_that_cannot_be_made_is_refused(checked, tmp_path, capsys):

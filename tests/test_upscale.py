@@ -240,7 +240,7 @@ def places(tmp_path, weights, monkeypatch):
         ("--input a.png --output b.gif", "ends in one of"),
         ("--input a.png --output b", "ends in one of"),
         ("--input a.png --output folder.png", "it is a folder"),
-        ("--input a.png --output nowhere/b.png", "there is no folder nowhere"),
+        ("--input a.png --output text.txt/b.png", "text.txt is read-only or not a folder"),
         ("--input long.png --output b.jpg", "more than the 65,500 pixels a side of a JPEG"),
         ("--input long.png --output b.webp", "more than the 16,383 pixels a side of a WEBP"),
         ("--input folder", "--output must be a folder, too"),
@@ -255,7 +255,7 @@ def places(tmp_path, weights, monkeypatch):
         ("--evaluate empty", "empty"),
         ("--evaluate scores", "LR_x4"),
         ("--evaluate folder --json text.txt/s.json", "text.txt is read-only or not a folder"),
-        ("--evaluate folder --json empty", "not a regular file"),
+        ("--evaluate folder --json empty", "it is a folder"),
         ("--evaluate folder --json folder/a.png", "never overwritten"),
         ("--evaluate scores/HR --json hr.json", "never overwritten"),
         ("--input fifo.jpg --output b.png", "fifo.jpg: it is not a regular file"),
@@ -263,7 +263,7 @@ def places(tmp_path, weights, monkeypatch):
         ("--export folder", "other files than a SavedModel's"),
         ("--export empty", "other files than a SavedModel's"),
         ("--export a.png", "a.png is read-only or not a folder"),
-        ("--export folder.tflite", "not a regular file"),
+        ("--export folder.tflite", "it is a folder"),
     ],
 )
 def test_refused_before_any_work(places, capsys, argv, message):

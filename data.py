@@ -187,7 +187,7 @@ def write_image(path: str | Path, image: ImageData):
             warnings.warn(f"{path}: the EXIF of its original is damaged or too long, so it is left out")
 
     with atomic_write(path) as temporary:
-        if pixels.dtype == np.uint16 and kind == "PNG":  # which Pillow can't write: from it are the metadata
+        if pixels.dtype == np.uint16 and kind == "PNG":  # Pillow writes only 8 bits; it makes the metadata
             import tensorflow as tf
 
             png = tf.io.encode_png(pixels if alpha is None else np.dstack([pixels, alpha])).numpy()

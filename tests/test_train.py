@@ -441,6 +441,14 @@ def test_two_runs_in_one_folder(tiny_networks, photos, tmp_path, monkeypatch):
         train.train(flags(photos, tmp_path))
 
 
+@pytest.mark.parametrize("config", ["nonsense", "[]", '{"cluster": {"worker": ["127.0.0.1:1"]}}'])
+def test_a_wrong_tf_config_is_one_clear_line(monkeypatch, config):
+    monkeypatch.setenv("TF_CONFIG", config)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    with pytest.raises(ValueError, match="TF_CONFIG doesn't name the workers"):
+        train.make_strategy()
+
+
 def test_changed_images_are_named(tiny_networks, photos, tmp_path, capsys):
     folder = shutil.copytree(photos, tmp_path / "photos")
     train.train(flags(folder, tmp_path / "run", "--STEPS", "0"))

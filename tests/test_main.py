@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import keras
@@ -239,6 +240,18 @@ def test_ctrl_c_is_exit_code_130(tmp_path, monkeypatch):
 
     monkeypatch.setattr(main, "start_tensorflow", interrupted)
     assert run("--run_dir", tmp_path / "run") == 130
+
+
+def test_a_warning_is_one_line_from_the_start(monkeypatch, capsys):
+    def warn(args):
+        warnings.warn("Metadata Warning, tag 296 had too many entries:\n2, expected 1")
+        raise ValueError("no weights")
+
+    monkeypatch.setattr(main, "find_weights", warn)
+    assert run("--pretrained") == 2
+    warning, error = capsys.readouterr().err.splitlines()
+    assert warning == "Warning: Metadata Warning, tag 296 had too many entries: 2, expected 1"
+    assert error == "main.py: no weights"
 
 
 def test_printing_never_ends_the_work(tmp_path):

@@ -210,8 +210,8 @@ def write_image(path: str | Path, image: ImageData):
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path to write to, and move it to `path` at the end: written whole, or not at all.
 
-    The new file takes the mode of the one that it replaces. Every error inside becomes an OSError, "can't write PATH:
-    reason". What killed processes left in the folder more than an hour ago is removed.
+    The new file takes the mode of the one that it replaces, which must be a regular file. Every error inside becomes an
+    OSError, "can't write PATH: reason". What killed processes left in the folder more than an hour ago is removed.
     """
     path = Path(path)
     try:

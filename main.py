@@ -355,8 +355,8 @@ def train(args: argparse.Namespace) -> int:
 # -------------------------------------------------------------------------------------------------------- the program
 
 
-def report(message: BaseException | str, label: str = "main.py") -> None:
-    """Print one line on stderr."""
+def report(message: Exception | str, label: str = "main.py") -> None:
+    """Print one line on stderr, after a label."""
     from tqdm import tqdm
 
     if sys.flags.dev_mode and isinstance(message, Exception):

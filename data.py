@@ -370,9 +370,6 @@ def extract(archive, folder):
     temporary = folder.with_name(f"{folder.name}.unpacking")
     shutil.rmtree(temporary, ignore_errors=True)
     with zipfile.ZipFile(archive) as file:
-        for name in file.namelist():
-            if "\\" in name or not (temporary / name).resolve().is_relative_to(temporary.resolve()):
-                raise ValueError(f"{archive} holds {name!r}, outside of its folder: not extracted")
         for name in tqdm(file.namelist(), f"extracting {folder.name}", unit="file", disable=None):
             file.extract(name, temporary)
     (temporary / folder.name).rename(folder)

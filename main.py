@@ -9,7 +9,6 @@ import importlib.util
 import io
 import json
 import os
-import re
 import signal
 import sys
 import traceback
@@ -17,6 +16,11 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import data
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 RESULTS = ("srresnet.weights.h5", "srgan.weights.h5")  # of a run, in its folder
@@ -169,8 +173,6 @@ def find_weights(args: argparse.Namespace) -> list[Path]:
 
 def find_jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
     """The images to read, each with the file to write."""
-    import data
-
     must_exist(source, "image or folder", Path.exists)
     if target.exists() and target.samefile(source):
         raise ValueError(f"--output {target} is --input, which is never overwritten: give another name")
@@ -192,7 +194,7 @@ def find_jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
         if image.suffix.lower() not in data.FORMATS:  # GIF has too few colours: a PNG with a name of its own
             name = f"{image.stem}.png"
             while name.casefold() in names:
-                name = f"{image.name}.png" if name == f"{image.stem}.png" else f"{name}.png"
+                name = f"{name}.png"
             names.add(name.casefold())
         jobs.append((image, target / name))
     return jobs
@@ -200,8 +202,6 @@ def find_jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
 
 def find_pairs(folder: str, scores: str | None, weights: list[Path]) -> list[tuple[str, Path, Path | None]]:
     """The images to score, as `data.scoring_pairs`."""
-    import data
-
     pairs = data.scoring_pairs(must_exist(folder, "folder", Path.is_dir))
     if scores:
         must_be_writable(Path(scores))
@@ -241,17 +241,15 @@ def check_training(args: argparse.Namespace) -> None:
 
 def check_resuming(run_dir: Path, args: argparse.Namespace) -> None:
     """A run that has checkpoints was started with the same options."""
-    file, folder = run_dir / "options.json", run_dir / "checkpoints"
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    phases = {name.partition("-")[0] for name in names if re.fullmatch(r"(pretrain|gan)-\d+", name)}
-    if not phases or not file.exists():
+    file, checkpoints = run_dir / "options.json", run_dir / "checkpoints"
+    if not any(checkpoints.glob("*-*[0-9]")) or not file.exists():
         return
     try:
         before = dict(json.loads(file.read_text()))
     except (TypeError, ValueError):
         raise ValueError(f"{file} doesn't hold the options of a run: give another --run_dir") from None
     now = json.loads(json.dumps(vars(args), default=str))
-    for name in KEPT_OPTIONS + KEPT_BY_GAN * ("gan" in phases):
+    for name in KEPT_OPTIONS + KEPT_BY_GAN * any(checkpoints.glob("gan-*[0-9]")):
         values = before.get(name), now[name]
         if name in ("data_dir", "weights"):
             values = [value and str(Path(str(value)).resolve()) for value in values]
@@ -265,8 +263,6 @@ def check_resuming(run_dir: Path, args: argparse.Namespace) -> None:
 
 def upscale(args: argparse.Namespace, weights: list[Path], jobs: list[tuple[Path, Path]]) -> int:
     """`--pretrained`: write each image four times larger. Returns the exit code."""
-    from tqdm import tqdm
-
     import model
 
     upscaler = model.make_upscaler(model.load_generator(weights, args.blend, args.precision), args.ensemble)
@@ -283,10 +279,6 @@ def upscale(args: argparse.Namespace, weights: list[Path], jobs: list[tuple[Path
 
 def upscale_image(upscaler: Callable, source: Path, target: Path) -> str:
     """From file to file. Returns a line about the result. Raises OSError or ValueError."""
-    from tqdm import tqdm
-
-    import data
-
     image = data.read_image(source)
     height, width, _ = image.pixels.shape
     data.check_output(target, data.SCALE * width, data.SCALE * height)
@@ -302,9 +294,6 @@ def upscale_image(upscaler: Callable, source: Path, target: Path) -> str:
 
 def evaluate(args: argparse.Namespace, weights: list[Path], pairs: list[tuple[str, Path, Path | None]]) -> int:
     """`--evaluate`: print PSNR and SSIM of bicubic and of the model for each image. Returns the exit code."""
-    import numpy as np
-
-    import data
     import losses
     import model
 
@@ -344,11 +333,7 @@ def train(args: argparse.Namespace) -> int:
     """Train. Returns the exit code."""
     import train
 
-    try:
-        train.train(args)
-    except train.Interrupted as stop:
-        print(stop)
-        return stop.exit_code
+    train.train(args)
     return 0
 
 
@@ -357,8 +342,6 @@ def train(args: argparse.Namespace) -> int:
 
 def report(message: Exception | str, label: str = "main.py") -> None:
     """Print one line on stderr, after a label."""
-    from tqdm import tqdm
-
     if sys.flags.dev_mode and isinstance(message, Exception):
         traceback.print_exception(message)
     tqdm.write(f"{label}: {' '.join(str(message).split()) or 'out of memory'}", file=sys.stderr)

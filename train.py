@@ -31,14 +31,6 @@ WON_AFTER = 50  # points of D(HR) near 1 and D(SR) near 0 before the warning
 VALID_IMAGES, VALID_SIZE = 10, 384  # validation takes the middle of the first few images: seconds, also on a CPU
 
 
-class Interrupted(Exception):
-    """A signal stopped the run, and a checkpoint was saved. `exit_code` is 128 plus the signal's number."""
-
-    def __init__(self, number: int, checkpoint: Path):
-        super().__init__(f"Interrupted and saved: the same command continues from {checkpoint}")
-        self.exit_code = 128 + number
-
-
 # ------------------------------------------------------------------------------------------------------- the devices
 
 
@@ -430,7 +422,7 @@ def fit(phase: Phase, weights: Path, images, pairs, args):
     """Train one phase from its newest checkpoint to its last step, and write the generator's `weights`.
 
     Raises:
-        Interrupted: after a signal, when the state is saved.
+        SystemExit: after a signal, when the state is saved; the code is 128 plus the signal's number.
         FloatingPointError: if a loss or a weight is not finite.
         OSError: if a checkpoint, the logs or the weights can't be written.
     """
@@ -505,7 +497,8 @@ def fit(phase: Phase, weights: Path, images, pairs, args):
 
             # Stop.
             if stopping:
-                raise Interrupted(signals[0], checkpoints.path(step))
+                bar.write(f"Interrupted and saved: the same command continues from {checkpoints.path(step)}")
+                sys.exit(128 + signals[0])
     if chief and start >= steps:  # the run was finished, and its weights are gone
         save_weights(average(), weights)
     check_same_step(steps)  # waits until the weights are there
@@ -515,7 +508,7 @@ def fit(phase: Phase, weights: Path, images, pairs, args):
 def train(args):
     """Train SRResNet and then SRGAN on all devices, as `args` (the flags of main.py) say.
 
-    Whatever could fail later is tried before the first step. Raises Interrupted, OSError, ValueError,
+    Whatever could fail later is tried before the first step. Raises SystemExit, OSError, ValueError,
     FloatingPointError, MemoryError.
     """
     strategy, run_dir = make_strategy(), Path(args.run_dir)

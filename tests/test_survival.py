@@ -17,7 +17,7 @@ from test_train import same_result, weights
 TINY = Path(__file__).with_name("tiny.py")
 
 
-FLAGS = "--PREGENSTEPS 60 --STEPS 90 --save_every 2 --eval_every 30 --seed 3 --ema 0.9"
+FLAGS = "--PREGENSTEPS 20 --STEPS 40 --save_every 2 --eval_every 10 --seed 3 --ema 0.9"
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +73,8 @@ def wait_for_checkpoint(process, run_dir, phase):
 def kill_at_random(start, run_dir, flags, kills, longest_wait, **environment):
     """Kill as many processes of each phase, then let one finish. Many of these moments lie in writing a checkpoint."""
     rng = random.Random(0)
-    for phase in ("pretrain", "gan"):
-        for _ in range(kills):
+    for phase, count in kills.items():
+        for _ in range(count):
             process = start(run_dir, flags, **environment)
             wait_for_checkpoint(process, run_dir, phase)
             time.sleep(rng.uniform(0, longest_wait))
@@ -85,7 +85,7 @@ def kill_at_random(start, run_dir, flags, kills, longest_wait, **environment):
 
 
 def test_a_run_that_is_killed_ends_like_one_that_is_not(start, whole, tmp_path):
-    kill_at_random(start, tmp_path / "killed", FLAGS, kills=1, longest_wait=0.2)
+    kill_at_random(start, tmp_path / "killed", FLAGS, {"gan": 1}, longest_wait=0.2)
     same_result(tmp_path / "killed", whole)
 
 
@@ -94,7 +94,8 @@ def test_the_real_networks_killed_twenty_times_a_phase(start, tmp_path, vgg_weig
     flags = "--PREGENSTEPS 150 --STEPS 150 --save_every 2 --eval_every 30 --ema 0.9 --vgg_layer block2_conv2"
     flags += f" --vgg_weights {vgg_weights}"
     finish(start(tmp_path / "whole", flags, TINY_NETWORKS="real"), timeout=3600)
-    kill_at_random(start, tmp_path / "killed", flags, kills=20, longest_wait=1, TINY_NETWORKS="real")
+    kills = {"pretrain": 20, "gan": 20}
+    kill_at_random(start, tmp_path / "killed", flags, kills, longest_wait=1, TINY_NETWORKS="real")
     same_result(tmp_path / "killed", tmp_path / "whole")
 
 
@@ -117,8 +118,6 @@ def nearly_same_result(run, other):
 def test_two_devices_train_like_one(start, whole, tmp_path):
     assert "Training on 2 devices" in finish(start(tmp_path / "two", TINY_DEVICES="2"))
     nearly_same_result(tmp_path / "two", whole)
-    output = finish(start(tmp_path / "three", TINY_DEVICES="3"), 1)
-    assert "--BATCH_SIZE 4 can't be shared equally by 3" in output
 
 
 def start_workers(start, run_dir, count=2):
@@ -132,16 +131,23 @@ def start_workers(start, run_dir, count=2):
     ]
 
 
-@pytest.mark.parametrize("lost", [0, pytest.param(1, marks=pytest.mark.slow)])  # TensorFlow misses the chief soonest
-def test_two_workers_train_like_one_even_if_one_dies(start, whole, tmp_path, lost):
+def test_two_workers_train_like_one(start, whole, tmp_path):
+    for worker in start_workers(start, tmp_path / "two"):
+        assert "Training on 2 devices" in finish(worker)
+    nearly_same_result(tmp_path / "two", whole)
+    assert len(list((tmp_path / "two").glob("logs/gan/*"))) == 1  # the chief's
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_worker_that_dies_ends_the_others_and_the_run_can_go_on(start, whole, tmp_path, lost):
     two = tmp_path / "two"
     workers = start_workers(start, two)
     wait_for_checkpoint(workers[0], two, "gan")
     workers[lost].kill()
     assert "main.py: another worker is gone: start the same command" in finish(workers[1 - lost], 1)
     saved = newest(two, "gan")
-    assert 0 < saved < 90
+    assert 0 < saved < 40
     for worker in start_workers(start, two):
         assert f"gan: continuing after step {saved}" in finish(worker)
     nearly_same_result(two, whole)
-    assert len(list(two.glob("logs/gan/*"))) == 2  # one file of each chief

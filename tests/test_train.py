@@ -4,6 +4,7 @@ import argparse
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import h5py
 import keras
@@ -303,9 +304,10 @@ def test_signal_saves_and_says_how_to_go_on(tiny_networks, photos, tmp_path, mon
         return counted
 
     monkeypatch.setattr(train, "make_pretrain_step", interrupted)
-    with pytest.raises(train.Interrupted, match="the same command continues from .*pretrain-0000007") as stop:
+    with pytest.raises(SystemExit) as stop:
         train.train(flags(photos, tmp_path / "run"))
-    assert stop.value.exit_code == 128 + number
+    assert stop.value.code == 128 + number
+    assert "the same command continues from" in capsys.readouterr().out
     assert (tmp_path / "run" / "checkpoints" / "pretrain-0000007").is_dir()
 
 
@@ -441,6 +443,21 @@ def test_two_runs_in_one_folder(tiny_networks, photos, tmp_path, monkeypatch):
         train.train(flags(photos, tmp_path))
 
 
+def test_a_batch_that_the_devices_cannot_share_is_refused(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "make_strategy", lambda: SimpleNamespace(num_replicas_in_sync=3))
+    with pytest.raises(ValueError, match="--BATCH_SIZE 4 can't be shared equally by 3"):
+        train.train(flags(photos, tmp_path))
+
+
+def test_a_worker_that_is_gone_is_one_clear_line(tiny_networks, photos, tmp_path, monkeypatch):
+    def lost(*args):
+        raise tf.errors.UnavailableError(None, None, "Socket closed\nAdditional GRPC error information")
+
+    monkeypatch.setattr(train, "fit", lost)
+    with pytest.raises(OSError, match="^another worker is gone: start the same command .* last checkpoint$"):
+        train.train(flags(photos, tmp_path))
+
+
 @pytest.mark.parametrize("config", ["nonsense", "[]", '{"cluster": {"worker": ["127.0.0.1:1"]}}'])
 def test_a_wrong_tf_config_is_one_clear_line(monkeypatch, config):
     monkeypatch.setenv("TF_CONFIG", config)
@@ -470,7 +487,7 @@ def state_after(step, start, variables, lr, hr):
 
 
 def test_a_gan_step_of_the_real_networks_repeats_to_the_bit(vgg_weights):
-    """Ten times from one state. A sum of three gradients, whose order depends on timing, shows in most runs of this."""
+    """Five times from one state. A sum of three gradients, whose order depends on timing, often shows in this."""
     keras.utils.set_random_seed(0)
     generator, discriminator = model.generator(), model.discriminator()
     vgg = losses.vgg_features("block2_conv2", vgg_weights)
@@ -481,5 +498,5 @@ def test_a_gan_step_of_the_real_networks_repeats_to_the_bit(vgg_weights):
     variables = [v for part in (generator, discriminator, *optimizers) for v in part.variables]
     start = [variable.numpy() for variable in variables]
     reference = state_after(step, start, variables, *batch(2))
-    for _ in range(9):
+    for _ in range(4):
         assert all(equal(reference, state_after(step, start, variables, *batch(2))))

@@ -221,36 +221,10 @@ def load_blend(network: keras.Model, srresnet: str | Path, srgan: str | Path, am
     network.set_weights([(1 - amount) * a + amount * b for a, b in zip(start, network.get_weights())])
 
 
-# ----------------------------------------------------------------------------------------- weights for other programs
-
-
-def export(network: keras.Model, path: str | Path) -> None:
-    """Write the generator as LiteRT (`.tflite`), ONNX (`.onnx`, with tf2onnx), or else as a SavedModel folder.
-
-    It takes `(1, height, width, 3)` float32 RGB, 0 to 255, of any size, and returns `(1, 4 * height, 4 * width, 3)`,
-    clipped to 0 to 255. Written to a temporary name, then renamed; an existing file or folder is replaced. Raises
-    OSError if it can't be written.
-    """
-    path = Path(path)
-    formats = {".tflite": "litert", ".onnx": "onnx"}
-    clipped = keras.Model(network.input, keras.ops.clip(network.output, 0, 255), name=network.name)
-    signature = [tf.TensorSpec((1, None, None, 3), tf.float32, name="lr")]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".srgan-", dir=path.parent) as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the converters, about themselves
-        new = Path(folder) / f"new{path.suffix.lower()}"
-        try:
-            clipped.export(new, formats.get(new.suffix, "tf_saved_model"), verbose=False, input_signature=signature)
-        except tf.errors.OpError as error:
-            raise OSError(f"can't write {path}: {error.message.splitlines()[0]}") from error
-        if path.is_dir():
-            path.replace(Path(folder) / "old")
-        new.replace(path)
-
-
 # ----------------------------------------------------------------------------- the generator on an image of any size
 
-# How far a value reaches, in LR pixels: 4 + 32 + 1 in the trunk's convolutions, 1 + 1/2 + 1 in the tail's.
+# How far a value reaches, in LR pixels: 4 + 32 + 1 in the trunk's convolutions, 1 + 1/2 + 1 in the tail's (and 2 in
+# `SaturationLimit`).
 TRUNK_HALO, TAIL_HALO = 37, 3
 
 
@@ -291,10 +265,29 @@ def area(slices):
     return (slices[0].stop - slices[0].start) * (slices[1].stop - slices[1].start)
 
 
+class SaturationLimit(layers.Layer):
+    """Reduces colours in SR that are stronger than those of LR nearby: the network's colour noise, seen on grey areas.
+
+    The difference between the largest and the smallest channel of SR, `(batch, 4h, 4w, 3)`, is limited to 1.5 times the
+    largest one of LR in the 3x3 pixels around. In photographs, 0.2 % of the HR pixels have more.
+    """
+
+    def call(self, sr, lr):
+        limit = 1.5 * tf.nn.max_pool2d(_saturation(lr), 3, 1, "SAME")
+        limit = tf.image.resize(limit, tf.shape(sr)[1:3])
+        grey = tf.reduce_mean(sr, -1, keepdims=True)
+        return grey + (sr - grey) * tf.minimum(limit / tf.maximum(_saturation(sr), 1e-6), 1)
+
+
+def _saturation(x):
+    red, green, blue = tf.split(x, 3, axis=-1)  # twice as fast as reductions over the axis
+    return tf.maximum(tf.maximum(red, green), blue) - tf.minimum(tf.minimum(red, green), blue)
+
+
 def make_upscaler(
     model: keras.Model, ensemble: bool = False, trunk_tile: int = 768, tail_tile: int = 128
 ) -> Callable[..., np.ndarray]:
-    """Make a function that runs the generator over an image of any size in tiles, exactly as if in one piece.
+    """Make a function that runs the generator and `SaturationLimit` on an image in tiles, exactly as if in one piece.
 
     The trunk needs 37 pixels of context and little memory, the tail 3 pixels and much: so the image goes through the
     trunk in large tiles, and each of those through the tail in small ones. That bounds the network's memory. The image
@@ -308,16 +301,15 @@ def make_upscaler(
 
     Returns:
         `upscale(lr, progress)`: from `(h, w, 3)` or `(h, w, 1)`, uint8 or uint16, to `(4h, 4w, same)` of the same
-        type. An image whose channels are all equal stays neutral. `progress(n)` is called when `n` more LR pixels are
-        done, a float.
+        type. `progress(n)` is called when `n` more LR pixels are done, a float.
     """
-    trunk = model.get_layer("trunk").output
-    run_trunk, run_tail = (
-        tf.function(
-            partial(part, training=False), input_signature=[tf.TensorSpec((1, *part.input.shape[1:]), part.input.dtype)]
-        )
-        for part in (keras.Model(model.input, trunk), keras.Model(trunk, model.output))
-    )  # each traced once for all sizes
+    trunk = keras.Model(model.input, model.get_layer("trunk").output)
+    tail = keras.Model(trunk.output, model.output)
+    limit = SaturationLimit()
+    specs = [tf.TensorSpec((1, *part.input.shape[1:]), part.input.dtype) for part in (trunk, tail)]
+    # Traced once for all sizes.
+    run_trunk = tf.function(partial(trunk, training=False), input_signature=specs[:1])
+    run_tail = tf.function(lambda x, lr: limit(tail(x, training=False), lr), input_signature=specs[::-1])
 
     def run(lr, keep, done):
         """The part `keep` of the tile `lr`, `(h, w, 3)` float32, four times larger; the rest of it is context."""
@@ -327,14 +319,14 @@ def make_upscaler(
         height, width = (s.stop - s.start for s in crop)
         sr = np.empty((SCALE * height, SCALE * width, 3), np.float32)
         for tile, part in grid(height, width, tail_tile, TAIL_HALO):
-            sr[times(SCALE, part)] = run_tail(features[crop][tile][None])[0].numpy()[times(SCALE, relative(part, tile))]
+            y = run_tail(features[crop][tile][None], lr[crop][tile][None])[0].numpy()
+            sr[times(SCALE, part)] = y[times(SCALE, relative(part, tile))]
             done(0.5 * area(part) / (height * width))
         return sr[times(SCALE, relative(keep, crop))]
 
     def upscale(lr, progress=lambda n: None):
         height, width, channels = lr.shape
         unit = np.float32(np.iinfo(lr.dtype).max / 255)
-        neutral = (lr == lr[..., :1]).all()
         sr = np.empty((SCALE * height, SCALE * width, channels), lr.dtype)
         for tile, part in grid(height, width, trunk_tile, TRUNK_HALO + TAIL_HALO):
             x = lr[tile] / unit
@@ -344,9 +336,7 @@ def make_upscaler(
                 y = _mean_of_turns(run, x, keep, lambda share: progress(share / 8 * area(part)))
             else:
                 y = run(x, keep, lambda share: progress(share * area(part)))
-            if neutral:
-                y = y.mean(axis=-1, keepdims=True)
-            sr[times(SCALE, part)] = np.rint(np.clip(y, 0, 255) * unit)
+            sr[times(SCALE, part)] = np.rint(np.clip(y[..., :channels], 0, 255) * unit)
         return sr
 
     return upscale
@@ -364,3 +354,32 @@ def _mean_of_turns(run, lr, keep, done):
             rows, columns = slice(x.shape[1] - columns.stop, x.shape[1] - columns.start), rows
             x = np.rot90(x)  # the right column becomes the top row
     return total / 8
+
+
+# ----------------------------------------------------------------------------------------- weights for other programs
+
+
+def export(network: keras.Model, path: str | Path) -> None:
+    """Write the generator as LiteRT (`.tflite`), ONNX (`.onnx`, with tf2onnx), or else as a SavedModel folder.
+
+    It takes `(1, height, width, 3)` float32 RGB, 0 to 255, of any size, and returns `(1, 4 * height, 4 * width, 3)`,
+    after `SaturationLimit` and clipped to 0 to 255. Written to a temporary name, then renamed; an existing file or
+    folder is replaced. Raises OSError if it can't be written.
+    """
+    path = Path(path)
+    formats = {".tflite": "litert", ".onnx": "onnx"}
+    sr = keras.ops.clip(SaturationLimit()(network.output, network.input), 0, 255)
+    signature = [tf.TensorSpec((1, None, None, 3), tf.float32, name="lr")]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".srgan-", dir=path.parent) as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the converters, about themselves
+        new = Path(folder) / f"new{path.suffix.lower()}"
+        try:
+            keras.Model(network.input, sr, name=network.name).export(
+                new, formats.get(new.suffix, "tf_saved_model"), verbose=False, input_signature=signature
+            )
+        except tf.errors.OpError as error:
+            raise OSError(f"can't write {path}: {error.message.splitlines()[0]}") from error
+        if path.is_dir():
+            path.replace(Path(folder) / "old")
+        new.replace(path)

@@ -57,12 +57,13 @@ def weights(tmp_path_factory):
 @functools.cache
 def compiled(network):
     return tf.function(
-        lambda x: network(x, training=False), input_signature=[tf.TensorSpec((1, None, None, 3), tf.float32)]
+        lambda x: model.SaturationLimit()(network(x, training=False), x),
+        input_signature=[tf.TensorSpec((1, None, None, 3), tf.float32)],
     )
 
 
 def whole(network, lr):
-    """The network on the image in one piece: `(h, w, 3)` to float32 `(4h, 4w, 3)`, not clipped."""
+    """The image upscaled in one piece: `(h, w, 3)` to float32 `(4h, 4w, 3)`, not clipped."""
     return compiled(network)(tf.constant(lr[None], tf.float32))[0].numpy()
 
 
@@ -145,10 +146,15 @@ def test_halos_are_enough_and_no_more_than_that(monkeypatch, corner):
             assert np.abs(upscaler(lr) - expected.clip(0, 255)).max() > 2
 
 
-def test_neutral_colours_stay_neutral(network):
-    grey = make_image(1, 40, 30)[..., :1]
-    upscaler = model.make_upscaler(network)
-    assert np.array_equal(upscaler(grey.repeat(3, axis=2)), upscaler(grey).repeat(3, axis=2))
+def test_grey_areas_stay_grey_and_colours_stay(network):
+    lr = make_image(1, 40, 30)
+    lr[:, :20] = lr[:, :20, :1]
+    raw = network(lr[None].astype(np.float32))[0].numpy()
+    sr = model.make_upscaler(network)(lr)
+    colourfulness = np.ptp(sr.astype(int), axis=-1)
+    assert np.ptp(raw[:, :72], axis=-1).mean() > 1 and colourfulness[:, :72].max() == 0
+    limit = np.ptp(lr[:, 20:].astype(int), axis=-1).max() * 1.5
+    assert 20 < colourfulness[:, 88:].mean() and colourfulness.max() <= limit + 1
 
 
 def test_bfloat16_is_close(network):
@@ -362,16 +368,18 @@ def onnx_session(path):
 
 @pytest.fixture(scope="module")
 def lrs():
-    """Two images of odd sizes, whose results leave 0 to 255."""
+    """Two images of odd sizes, whose results leave 0 to 255. The left of one is grey."""
     rng = np.random.default_rng(0)
-    return [np.float32(rng.integers(0, 2, (1, *size, 3)) * 255) for size in ((13, 22), (37, 9))]
+    lrs = [np.float32(rng.integers(0, 2, (1, *size, 3)) * 255) for size in ((13, 22), (37, 9))]
+    lrs[0][:, :, :11] = lrs[0][:, :, :11, :1]
+    return lrs
 
 
 @pytest.fixture(scope="module")
 def blended_srs(weights, lrs):
     paths = [weights / "srresnet.weights.h5", weights / "srgan.weights.h5"]
     blended = model.load_generator(paths, 0.25)
-    return [blended(lr).numpy() for lr in lrs]
+    return [model.SaturationLimit()(blended(lr), lr).numpy() for lr in lrs]
 
 
 @pytest.mark.parametrize("name", ["saved_model", "a.tflite", "a.onnx"])

@@ -223,8 +223,8 @@ def load_blend(network: keras.Model, srresnet: str | Path, srgan: str | Path, am
 
 # ----------------------------------------------------------------------------- the generator on an image of any size
 
-# How far a value reaches, in LR pixels: 4 + 32 + 1 in the trunk's convolutions, 1 + 1/2 + 1 in the tail's (and 2 in
-# `SaturationLimit`).
+# How far a value reaches, in LR pixels: 4 + 32 + 1 in the trunk's convolutions, 1 + 1/2 + 1 in the tail's (and 3 in
+# `LocalLimits`).
 TRUNK_HALO, TAIL_HALO = 37, 3
 
 
@@ -265,29 +265,35 @@ def area(slices):
     return (slices[0].stop - slices[0].start) * (slices[1].stop - slices[1].start)
 
 
-class SaturationLimit(layers.Layer):
-    """Reduces colours in SR that are stronger than those of LR nearby: the network's colour noise, seen on grey areas.
+class LocalLimits(layers.Layer):
+    """Keeps SR, `(batch, 4h, 4w, 3)`, close to LR nearby, where the network leaves specks, rims and colour noise.
 
-    The difference between the largest and the smallest channel of SR, `(batch, 4h, 4w, 3)`, is limited to 1.5 times the
-    largest one of LR in the 3x3 pixels around. In photographs, 0.2 % of the HR pixels have more.
+    A channel may leave the range of the 5x5 LR pixels around by half of that range and 2 grey levels. Saturation, the
+    difference between the largest and the smallest channel, may reach 1.5 times the largest one of the 3x3 LR pixels
+    around, so grey areas stay grey. In photographs, 1 % of the HR values and 0.2 % of the HR pixels go further.
     """
 
     def call(self, sr, lr):
-        limit = 1.5 * tf.nn.max_pool2d(_saturation(lr), 3, 1, "SAME")
-        limit = tf.image.resize(limit, tf.shape(sr)[1:3])
+        low, high = -tf.nn.max_pool2d(-lr, 5, 1, "SAME"), tf.nn.max_pool2d(lr, 5, 1, "SAME")
+        margin = (high - low) / 2 + 2
+        saturation = 1.5 * tf.nn.max_pool2d(_saturation(lr), 3, 1, "SAME")
+        low, high, saturation = (
+            tf.image.resize(limit, tf.shape(sr)[1:3]) for limit in (low - margin, high + margin, saturation)
+        )
+        sr = tf.clip_by_value(sr, low, high)
         grey = tf.reduce_mean(sr, -1, keepdims=True)
-        return grey + (sr - grey) * tf.minimum(limit / tf.maximum(_saturation(sr), 1e-6), 1)
+        return grey + (sr - grey) * tf.minimum(saturation / tf.maximum(_saturation(sr), 1e-6), 1)
 
 
-def _saturation(x):
-    red, green, blue = tf.split(x, 3, axis=-1)  # twice as fast as reductions over the axis
+def _saturation(image):
+    red, green, blue = tf.split(image, 3, axis=-1)  # twice as fast as reductions over the axis
     return tf.maximum(tf.maximum(red, green), blue) - tf.minimum(tf.minimum(red, green), blue)
 
 
 def make_upscaler(
     model: keras.Model, ensemble: bool = False, trunk_tile: int = 768, tail_tile: int = 128
 ) -> Callable[..., np.ndarray]:
-    """Make a function that runs the generator and `SaturationLimit` on an image in tiles, exactly as if in one piece.
+    """Make a function that runs the generator and `LocalLimits` on an image in tiles, exactly as if in one piece.
 
     The trunk needs 37 pixels of context and little memory, the tail 3 pixels and much: so the image goes through the
     trunk in large tiles, and each of those through the tail in small ones. That bounds the network's memory. The image
@@ -305,11 +311,11 @@ def make_upscaler(
     """
     trunk = keras.Model(model.input, model.get_layer("trunk").output)
     tail = keras.Model(trunk.output, model.output)
-    limit = SaturationLimit()
+    limits = LocalLimits()
     specs = [tf.TensorSpec((1, *part.input.shape[1:]), part.input.dtype) for part in (trunk, tail)]
     # Traced once for all sizes.
     run_trunk = tf.function(partial(trunk, training=False), input_signature=specs[:1])
-    run_tail = tf.function(lambda x, lr: limit(tail(x, training=False), lr), input_signature=specs[::-1])
+    run_tail = tf.function(lambda x, lr: limits(tail(x, training=False), lr), input_signature=specs[::-1])
 
     def run(lr, keep, done):
         """The part `keep` of the tile `lr`, `(h, w, 3)` float32, four times larger; the rest of it is context."""
@@ -363,12 +369,12 @@ def export(network: keras.Model, path: str | Path) -> None:
     """Write the generator as LiteRT (`.tflite`), ONNX (`.onnx`, with tf2onnx), or else as a SavedModel folder.
 
     It takes `(1, height, width, 3)` float32 RGB, 0 to 255, of any size, and returns `(1, 4 * height, 4 * width, 3)`,
-    after `SaturationLimit` and clipped to 0 to 255. Written to a temporary name, then renamed; an existing file or
+    after `LocalLimits` and clipped to 0 to 255. Written to a temporary name, then renamed; an existing file or
     folder is replaced. Raises OSError if it can't be written.
     """
     path = Path(path)
     formats = {".tflite": "litert", ".onnx": "onnx"}
-    sr = keras.ops.clip(SaturationLimit()(network.output, network.input), 0, 255)
+    sr = keras.ops.clip(LocalLimits()(network.output, network.input), 0, 255)
     signature = [tf.TensorSpec((1, None, None, 3), tf.float32, name="lr")]
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".srgan-", dir=path.parent) as folder, warnings.catch_warnings():

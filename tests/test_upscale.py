@@ -57,7 +57,7 @@ def weights(tmp_path_factory):
 @functools.cache
 def compiled(network):
     return tf.function(
-        lambda x: model.SaturationLimit()(network(x, training=False), x),
+        lambda x: model.LocalLimits()(network(x, training=False), x),
         input_signature=[tf.TensorSpec((1, None, None, 3), tf.float32)],
     )
 
@@ -136,6 +136,7 @@ def reaching(corner):
 
 @pytest.mark.parametrize("corner", [0, -1])
 def test_halos_are_enough_and_no_more_than_that(monkeypatch, corner):
+    monkeypatch.setattr(model.LocalLimits, "call", lambda self, sr, lr: sr)  # a shifted image is far beyond them
     network, lr = reaching(corner), make_image(3, 88, 86)
     upscaler = model.make_upscaler(network, False, 84, 20)
     expected = whole(network, lr)
@@ -144,6 +145,14 @@ def test_halos_are_enough_and_no_more_than_that(monkeypatch, corner):
         with monkeypatch.context() as patch:
             patch.setattr(model, name, getattr(model, name) - 1)
             assert np.abs(upscaler(lr) - expected.clip(0, 255)).max() > 2
+
+
+def test_flat_areas_stay_flat():
+    """The network darkens the rim of a white page by 16 grey levels."""
+    network = model.load_generator([main.WEIGHTS / "srgan.weights.h5"])
+    white = np.full((48, 48, 3), 255, np.uint8)
+    assert network(white[None].astype(np.float32)).numpy().min() < 245
+    assert model.make_upscaler(network)(white).min() >= 253
 
 
 def test_grey_areas_stay_grey_and_colours_stay(network):
@@ -379,7 +388,7 @@ def lrs():
 def blended_srs(weights, lrs):
     paths = [weights / "srresnet.weights.h5", weights / "srgan.weights.h5"]
     blended = model.load_generator(paths, 0.25)
-    return [model.SaturationLimit()(blended(lr), lr).numpy() for lr in lrs]
+    return [model.LocalLimits()(blended(lr), lr).numpy() for lr in lrs]
 
 
 @pytest.mark.parametrize("name", ["saved_model", "a.tflite", "a.onnx"])

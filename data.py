@@ -440,8 +440,8 @@ DESCRIPTORS = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else 2048
 keep_open = functools.lru_cache(max(DESCRIPTORS - 256, 64))(open_prepared)
 
 
-def digest(made_from):
-    return hashlib.sha256(repr(made_from).encode()).hexdigest()[:32]
+def digest(value):
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:32]
 
 
 def load(data_dir: str | Path | None = None) -> tuple[PreparedImages, PreparedImages]:
@@ -475,8 +475,8 @@ def prepare(folder: str | Path) -> PreparedImages:
     store = FOLDER / "prepared" / f"{Path(place).name}-{digest(place)[:8]}"
     targets, missing, room = {}, [], 0
     for path in list_images(folder):
-        made_from = DEGRADATION, path.name, path.stat().st_size, path.stat().st_mtime_ns
-        targets[path] = store / f"{digest(made_from)}.npy"
+        version = DEGRADATION, path.name, path.stat().st_size, path.stat().st_mtime_ns
+        targets[path] = store / f"{digest(version)}.npy"
     with lock(store.parent):
         store.mkdir(0o700, exist_ok=True)
         for stale in set(store.iterdir()).difference(targets.values()):

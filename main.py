@@ -39,12 +39,6 @@ KEPT_OPTIONS = ("BATCH_SIZE", "data_dir", "weights", "precision", "ema", "jpeg",
 KEPT_BY_GAN = ("PREGENSTEPS", "vgg_layer")
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        """Exit with code 2 after one line, without argparse's usage text."""
-        self.exit(2, f"main.py: {message}\n")
-
-
 def number(kind: type, low: float, high: float) -> Callable:
     """An argparse type: a `kind` from `low` to `high`."""
 
@@ -73,9 +67,9 @@ class JpegQuality:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="main.py", description="Train SRGAN, or upscale images four times with it.", allow_abbrev=False
-    )
+    description = "Train SRGAN, or upscale images four times with it."
+    parser = argparse.ArgumentParser(prog="main.py", description=description, allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"main.py: {message}\n")  # one line, without the usage
     steps, interval = number(int, 0, 10**9), number(int, 1, 10**9)
     rate, share = number(float, 1e-12, 1), number(float, 0, 1)
 
@@ -124,11 +118,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Parse `argv`. Exits with code 2 if a flag is wrong, or doesn't go with the mode."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    given = sorted({word.partition("=")[0] for word in argv if word.startswith("--")})
-    modes = [flag for flag in given if flag in MODES]
+    flags = sorted({word.partition("=")[0] for word in argv if word.startswith("--")})
+    modes = [flag for flag in flags if flag in MODES]
     if len(modes) > 1:
         parser.error(f"{' and '.join(modes)} are different tasks: give one of them")
-    for flag in given:
+    for flag in flags:
         if getattr(args, flag[2:], None) == "":
             parser.error(f"{flag} is empty")
         if modes and flag not in MODES[modes[0]] | {modes[0]}:

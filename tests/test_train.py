@@ -154,7 +154,7 @@ def test_ema_averages_the_weights_and_measures_their_statistics(tiny_networks, p
 
 def test_validation_looks_at_fixed_aligned_crops(photos, monkeypatch, tmp_path):
     monkeypatch.setattr(data, "FOLDER", tmp_path)
-    monkeypatch.setattr(train, "VALID_SIZE", 64)
+    monkeypatch.setattr(train, "VALID_SIZE", 16)
     pairs = train.validation_pairs(data.load(photos)[1])
     assert [(lr.shape, hr.shape) for lr, hr in pairs] == [((16, 16, 3), (64, 64, 3))] * 2
     for lr, hr in pairs:

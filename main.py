@@ -1,6 +1,7 @@
 """The command line of SRGAN (Ledig et al. 2017, arXiv:1609.04802): train, upscale, evaluate, export.
 
-All flags and files are checked before TensorFlow is imported, so `-h` and mistakes are answered at once. Exit codes:
+All flags and files are checked before TensorFlow is imported, so `-h` and mistakes are answered at once, and `-h` needs
+no package at all: what is installed is imported where it is used. Exit codes:
 0 done, 1 failed, 2 refused before any work, 130 interrupted. `python3 -X dev main.py` shows the traceback of a failure.
 """
 
@@ -16,11 +17,6 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-
-import numpy as np
-from tqdm import tqdm
-
-import data
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 RESULTS = ("srresnet.weights.h5", "srgan.weights.h5")  # of a run, in its folder
@@ -167,6 +163,8 @@ def find_weights(args: argparse.Namespace) -> list[Path]:
 
 def find_jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
     """The images to read, each with the file to write."""
+    import data
+
     must_exist(source, "image or folder", Path.exists)
     if target.exists() and target.samefile(source):
         raise ValueError(f"--output {target} is --input, which is never overwritten: give another name")
@@ -196,6 +194,8 @@ def find_jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
 
 def find_pairs(folder: str, scores: str | None, weights: list[Path]) -> list[tuple[str, Path, Path | None]]:
     """The images to score, as `data.scoring_pairs`."""
+    import data
+
     pairs = data.scoring_pairs(must_exist(folder, "folder", Path.is_dir))
     if scores:
         must_be_writable(Path(scores))
@@ -257,6 +257,8 @@ def check_resuming(run_dir: Path, args: argparse.Namespace) -> None:
 
 def upscale(args: argparse.Namespace, weights: list[Path], jobs: list[tuple[Path, Path]]) -> int:
     """`--pretrained`: write each image four times larger. Returns the exit code."""
+    from tqdm import tqdm
+
     import model
 
     upscaler = model.make_upscaler(model.load_generator(weights, args.blend, args.precision), args.ensemble)
@@ -273,6 +275,10 @@ def upscale(args: argparse.Namespace, weights: list[Path], jobs: list[tuple[Path
 
 def upscale_image(upscaler: Callable, source: Path, target: Path) -> str:
     """From file to file. Returns a line about the result. Raises OSError or ValueError."""
+    from tqdm import tqdm
+
+    import data
+
     image = data.read_image(source)
     height, width, _ = image.pixels.shape
     data.check_output(target, data.SCALE * width, data.SCALE * height)
@@ -288,6 +294,9 @@ def upscale_image(upscaler: Callable, source: Path, target: Path) -> str:
 
 def evaluate(args: argparse.Namespace, weights: list[Path], pairs: list[tuple[str, Path, Path | None]]) -> int:
     """`--evaluate`: print PSNR and SSIM of bicubic and of the model for each image. Returns the exit code."""
+    import numpy as np
+
+    import data
     import losses
     import model
 
@@ -336,6 +345,8 @@ def train(args: argparse.Namespace) -> int:
 
 def report(message: Exception | str, label: str = "main.py") -> None:
     """Print one line on stderr, after a label."""
+    from tqdm import tqdm
+
     if sys.flags.dev_mode and isinstance(message, Exception):
         traceback.print_exception(message)
     tqdm.write(f"{label}: {' '.join(str(message).split()) or 'out of memory'}", file=sys.stderr)

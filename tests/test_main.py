@@ -35,12 +35,8 @@ def run(*argv):
     return main.main([str(word) for word in argv])
 
 
-def test_help_needs_no_tensorflow_and_shows_the_known_flags_first():
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", PROGRAM, "-h"], capture_output=True, text=True, check=True
-    )
-    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "argparse" in imported and not imported & {"tensorflow", "keras", "model", "train"}
+def test_help_needs_no_package_and_shows_the_known_flags_first():
+    done = subprocess.run([sys.executable, "-S", PROGRAM, "-h"], capture_output=True, text=True, check=True)  # no site
     flags = re.findall(r"^  (--\w+)", done.stdout, re.MULTILINE)
     assert flags[:6] == ["--STEPS", "--PREGENSTEPS", "--BATCH_SIZE", "--lr_pre_gen", "--lr_gen", "--pretrained"]
     text = " ".join(done.stdout.split())

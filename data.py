@@ -17,7 +17,6 @@ import tempfile
 import time
 import urllib.request
 import warnings
-import zipfile
 from collections.abc import Iterator
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -42,7 +41,8 @@ SAVE_OPTIONS = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 9
 # Windows's title, comment, author, keywords and subject. The rest describes the layout of the old file.
 EXIF_TAGS = {270, 271, 272, 282, 283, 296, 305, 306, 315, 33432, *range(0x9C9B, 0x9CA0)}
 ORIENTATIONS = {2: (0, -1), 3: (2, 1), 4: (2, -1), 5: (3, -1), 6: (3, 1), 7: (1, -1), 8: (1, 1)}  # np.rot90, mirror
-EXIF_ORIENTATION, EXIF_CAMERA, EXIF_GPS, EXIF_WIDTH, EXIF_HEIGHT = 0x0112, 0x8769, 0x8825, 0xA002, 0xA003
+EXIF_ORIENTATION, EXIF_CAMERA, EXIF_GPS = 0x0112, 0x8769, 0x8825
+EXIF_WIDTH, EXIF_HEIGHT, EXIF_INTEROPERABILITY = 0xA002, 0xA003, 0xA005
 
 
 @dataclasses.dataclass
@@ -56,8 +56,9 @@ class ImageData:
 
 
 def list_images(folder: str | Path) -> list[Path]:
-    """The images in `folder`, not below it, by name."""
-    return sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    """The images in `folder`, not below it, by name. Hidden files are left out, among them macOS's `._photo.jpg`."""
+    paths = (path for path in Path(folder).glob("[!.]*") if path.suffix.lower() in SUFFIXES)
+    return sorted(path for path in paths if path.is_file())
 
 
 @contextlib.contextmanager
@@ -70,7 +71,7 @@ def open_image(path: str | Path) -> Iterator[Image.Image]:
         with Image.open(path, formats=[*{kind for kind, _ in FORMATS.values()}, "GIF"]) as image:
             yield image
     except Image.UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not an image") from error
+        raise ValueError(f"{path} is not a PNG, JPEG, WebP, TIFF, BMP or GIF image") from error
     except Exception as error:  # Pillow's decoders raise a dozen kinds on damaged files
         raise ValueError(f"can't read {path}: {reason(error)}") from error
 
@@ -98,9 +99,11 @@ def read_image(path: str | Path) -> ImageData:
         else:
             image.load()
             exif = image.getexif()  # Pillow turns a TIFF upright by itself, and removes the orientation here
-            if image.mode in ("I", "F"):
-                raise ValueError("32-bit pixels have no defined white: save it with 8 or 16 bits")
-            if image.format == "TIFF" and image.mode[0] != "I" and (depth := max(image.tag_v2.get(258, (8,)))) > 8:
+            tags = image.tag_v2 if image.format == "TIFF" else {}
+            depth, black_is_zero = max(tags.get(258, (8,))), tags.get(262) == 1
+            if image.mode in ("I", "F") or (image.mode[0] == "I" and not (depth == 16 and black_is_zero)):
+                raise ValueError("this kind of grey pixels is not supported: save it as a PNG of 8 or 16 bits")
+            if image.mode[0] != "I" and depth > 8:
                 warnings.warn(f"{path} has {depth}-bit colour, of which 8 are read: convert it to PNG to keep 16")
             if image.mode == "CMYK" and icc:
                 try:
@@ -149,8 +152,8 @@ def spread_colours(pixels: np.ndarray, alpha: np.ndarray) -> np.ndarray:
 
 
 def check_output(path: str | Path, width: int, height: int):
-    """Raise ValueError if no image of this size can be written to a file of this name."""
-    path = Path(path)
+    """Raise ValueError if an image of this size, upscaled, can't be written to a file of this name."""
+    path, width, height = Path(path), SCALE * width, SCALE * height
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"can't write {path}: the name of an image ends in one of {' '.join(sorted(FORMATS))}")
     kind, longest = FORMATS[path.suffix.lower()]
@@ -167,7 +170,7 @@ def write_image(path: str | Path, image: ImageData):
     pixels, alpha, icc = image.pixels, image.alpha, image.icc
     height, width, channels = pixels.shape
     if pixels.dtype == np.uint16 and not (kind == "PNG" or (kind == "TIFF" and channels == 1 and alpha is None)):
-        warnings.warn(f"{path} holds 8 of the image's 16 bits: choose .png to keep them all")
+        warnings.warn(f"{path} is written with 8 of the image's 16 bits: choose .png to keep them")
         pixels, alpha = to_8_bit(pixels), None if alpha is None else to_8_bit(alpha)
     # The profile of a colour image doesn't describe a grey one, nor the other way round; WebP has no grey.
     if icc and icc[16:20] != (b"GRAY" if channels == 1 and kind != "WEBP" else b"RGB "):
@@ -179,6 +182,7 @@ def write_image(path: str | Path, image: ImageData):
             exif.update({tag: image.exif[tag] for tag in EXIF_TAGS.intersection(image.exif)})
             exif.get_ifd(EXIF_GPS).update(image.exif.get_ifd(EXIF_GPS))
             exif.get_ifd(EXIF_CAMERA).update(image.exif.get_ifd(EXIF_CAMERA))
+            exif.get_ifd(EXIF_CAMERA).pop(EXIF_INTEROPERABILITY, None)  # a place in the old file
             exif.get_ifd(EXIF_CAMERA).update({EXIF_WIDTH: width, EXIF_HEIGHT: height})
             if len(exif.tobytes()) > 65_533:  # the most that a JPEG holds
                 raise ValueError
@@ -198,7 +202,7 @@ def write_image(path: str | Path, image: ImageData):
         image = Image.fromarray(pixels if channels == 3 else pixels[..., 0])
         if alpha is not None and kind in ("JPEG", "BMP"):
             if alpha.min() < 255:
-                warnings.warn(f"{path} can't be transparent: put on white")
+                warnings.warn(f"{path} can't hold transparency: the image is put on white")
             white = Image.new(image.mode, image.size, "white")
             image = Image.composite(image, white, Image.fromarray(alpha))
         elif alpha is not None:
@@ -312,17 +316,14 @@ TIMEOUT = 30  # seconds without a byte until a connection counts as broken
 
 
 def download_div2k() -> Path:
-    """The folder with DIV2K's HR images, downloaded on first use. An interrupted download is continued.
-
-    Raises OSError or ValueError if the archives can't be downloaded, are not the published ones, or don't fit.
-    """
+    """The folder with DIV2K's HR images, downloaded on first use, or continued. Raises OSError or ValueError."""
     root = FOLDER / "DIV2K"
     with lock(root):
         for name, (size, sha256) in DIV2K.items():
             folder, archive, part = root / name, root / f"{name}.zip", root / f"{name}.zip.part"
             if not folder.is_dir():
-                # The extracted images are as large as the archive, and the prepared ones about as large again.
-                there = sum(path.stat().st_size for path in (archive, part) if path.exists())
+                # The extracted images are as large as the archive, the prepared ones twice as large.
+                there = part.stat().st_size if part.exists() else 0
                 check_room(root, 3 * size - there, f"{name} and its prepared images")
                 if not archive.exists():  # the user may have put it there
                     archive = download(f"{DIV2K_URL}{name}.zip", part, size)
@@ -331,9 +332,11 @@ def download_div2k() -> Path:
                 if damaged:
                     part.unlink(missing_ok=True)
                     raise ValueError(f"{archive} is damaged or not the published archive: its sha256 is not {sha256}")
-                extract(archive, folder)
+                print(f"extracting {archive}", flush=True)
+                shutil.unpack_archive(archive, root / "unpacking", "zip")
+                (root / "unpacking" / name).rename(folder)  # so a folder that exists is whole
             part.unlink(missing_ok=True)
-            shutil.rmtree(root / f"{name}.unpacking", ignore_errors=True)
+            shutil.rmtree(root / "unpacking", ignore_errors=True)
     return root
 
 
@@ -357,7 +360,7 @@ def download(url, part, size):
                 raise OSError("the connection ended early")
         except (OSError, http.client.HTTPException) as error:
             if tries == len(WAITS) or getattr(error, "code", None) in (401, 403, 404, 410):  # which no retry mends
-                hint = f"go on by the same command, put the file into {part.parent} yourself, or use --data_dir"
+                hint = f"run the same command again to continue, put the file into {part.parent}, or use --data_dir"
                 raise OSError(f"can't download {url} ({error}): {hint}") from error
             print(f"{url}: {error}; trying again in {WAITS[tries]} s", file=sys.stderr)
             time.sleep(WAITS[tries])
@@ -365,19 +368,9 @@ def download(url, part, size):
     return part
 
 
-def extract(archive, folder):
-    """Extract the archive's `folder`, renamed at the end, so that a folder that exists is whole."""
-    temporary = folder.with_name(f"{folder.name}.unpacking")
-    shutil.rmtree(temporary, ignore_errors=True)
-    with zipfile.ZipFile(archive) as file:
-        for name in tqdm(file.namelist(), f"extracting {folder.name}", unit="file", disable=None):
-            file.extract(name, temporary)
-    (temporary / folder.name).rename(folder)
-
-
 @contextlib.contextmanager
 def lock(folder: str | Path, wait: bool = True):
-    """Make the folder and keep other processes out of it. Raises OSError if it can't, or `wait` is False and one is in.
+    """Make the folder and keep other processes out of it. Raises OSError if `wait` is False and one is in.
 
     Of several workers, one downloads or prepares while the others wait. Of two training runs, one has the folder.
     """
@@ -390,11 +383,7 @@ def lock(folder: str | Path, wait: bool = True):
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             yield
     except BlockingIOError as error:
-        raise OSError(f"another process is using {folder}: wait for its end, or choose another folder") from error
-    except OSError as error:
-        if not (wait and error.errno):
-            raise
-        raise OSError(f"can't write {folder}: {error.strerror}") from error
+        raise OSError(f"another process is using {folder}: wait until it ends, or choose another folder") from error
 
 
 def check_room(folder, needed, what):
@@ -458,7 +447,7 @@ def load(data_dir: str | Path | None = None) -> tuple[PreparedImages, PreparedIm
     if valid and (folder / valid).is_dir():
         return images, prepare(folder / valid)
     if len(images) < 2:
-        raise ValueError(f"{folder} needs at least 2 usable images, one of them for validation, and has {len(images)}")
+        raise ValueError(f"{folder} needs at least 2 usable images, one of them for validation, but has {len(images)}")
     # The names alone decide which 3 %, 1 to 10, are for validation: an added image moves no other.
     pairs = sorted(zip(images.names, images.paths), key=lambda pair: hashlib.sha256(os.fsencode(pair[0])).digest())
     count = min(max(len(images) * 3 // 100, 1), 10)
@@ -497,10 +486,7 @@ def prepare(folder: str | Path) -> PreparedImages:
         print(f"left out: {line}", file=sys.stderr)
     prepared = {path.name: target for path, target in targets.items() if target.exists()}
     if not prepared:
-        raise ValueError(
-            f"{folder} has no usable images, of {len(targets)}: put some of at least {HR_PATCH}x{HR_PATCH} there "
-            f"({', '.join(sorted(SUFFIXES))}), or into train/ and valid/ below it"
-        )
+        raise ValueError(f"{folder} has no usable images, of {len(targets)}: put some of at least 96x96 pixels there")
     return PreparedImages(prepared)
 
 
@@ -532,7 +518,7 @@ def patches(
     the images in random order, large ones more than once, each time at a random place, flipped and turned.
 
     Args:
-        jpeg: the lowest and highest quality to compress half of the LR patches with.
+        jpeg: qualities to compress half of the LR patches with, as "70-95". None: no compression.
         part, parts: which of the equal slices of every batch to take, with several workers.
 
     Returns:
@@ -540,9 +526,8 @@ def patches(
     """
     import tensorflow as tf
 
-    if batch_size % parts or not 0 <= part < parts:
-        raise ValueError(f"a batch of {batch_size} can't be divided equally between {parts} workers (part {part})")
     share = batch_size // parts
+    low, high = map(int, jpeg.split("-")) if jpeg else (0, 0)
     counts = np.maximum(images.sizes.prod(axis=1) * SCALE**2 // VISIT_PIXELS, 1)
     visits = np.repeat(np.arange(len(images)), counts)
 
@@ -557,9 +542,7 @@ def patches(
         rng = np.random.default_rng([seed, 1, step])
         tops, lefts = rng.integers(0, images.sizes[chosen].T - LR_PATCH, endpoint=True)
         ways = rng.integers(0, 8, batch_size)
-        qualities = 0 * ways
-        if jpeg:
-            qualities = rng.integers(0, 2, batch_size) * rng.integers(*jpeg, batch_size, endpoint=True)
+        qualities = rng.integers(0, 2, batch_size) * rng.integers(low, high, batch_size, endpoint=True)
         tops, lefts, ways, qualities = (values.tolist() for values in (tops, lefts, ways, qualities))  # faster to index
         lrs = np.empty((share, LR_PATCH, LR_PATCH, 3), np.uint8)
         hrs = np.empty((share, HR_PATCH, HR_PATCH, 3), np.uint8)
@@ -576,9 +559,7 @@ def patches(
         return tf.reshape(lr, (share, LR_PATCH, LR_PATCH, 3)), tf.reshape(hr, (share, HR_PATCH, HR_PATCH, 3))
 
     steps = tf.data.Dataset.range(first_step + 1, last_step + 1)
-    options = tf.data.Options()
-    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF  # `part` does it
-    return steps.map(with_shapes, num_parallel_calls=2, deterministic=True).prefetch(4).with_options(options)
+    return steps.map(with_shapes, num_parallel_calls=2, deterministic=True).prefetch(4)
 
 
 def turn(patch, way, out):
@@ -592,6 +573,5 @@ def jpeg_patch(lr, y, x, quality):
     """`lr[y, x]` as if the whole image had been saved as JPEG: the blocks of 16 don't begin at the patch."""
     above, left = y.start % 16, x.start % 16
     around = lr[y.start - above :, x.start - left :][:48, :48]
-    with io.BytesIO() as file:
-        Image.fromarray(around).save(file, "JPEG", quality=quality)
-        return np.asarray(Image.open(file))[above : above + LR_PATCH, left : left + LR_PATCH]
+    Image.fromarray(around).save(file := io.BytesIO(), "JPEG", quality=quality)
+    return np.asarray(Image.open(file))[above : above + LR_PATCH, left : left + LR_PATCH]

@@ -1,11 +1,12 @@
 """The command line of SRGAN (Ledig et al. 2017, arXiv:1609.04802): train, upscale, evaluate, export.
 
-All flags and files are checked before TensorFlow is imported, so `-h` and mistakes are answered at once, and `-h` needs
-no package at all: what is installed is imported where it is used. Exit codes:
-0 done, 1 failed, 2 refused before any work, 130 interrupted. `python3 -X dev main.py` shows the traceback of a failure.
+Flags and paths are checked before TensorFlow is imported, so `-h` and mistakes are answered at once. `-h` needs no
+package at all: packages are imported where they are used. Exit codes: 0 done, 1 failed, 2 refused before any work, 128
+plus the signal's number if interrupted. `python3 -X dev main.py` shows the traceback of a failure.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import io
 import json
@@ -39,39 +40,34 @@ def number(kind: type, low: float, high: float) -> Callable:
     """An argparse type: a `kind` from `low` to `high`."""
 
     def convert(text):
-        if not low <= (value := kind(text)) <= high:
-            raise ValueError
-        return value
+        with contextlib.suppress(ValueError):
+            if low <= (value := kind(text)) <= high:
+                return value
+        what = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"must be {what} from {low} to {high}, not {text}")
 
-    convert.__name__ = f"{'whole number' if kind is int else 'number'} from {low} to {high}"  # for argparse's message
     return convert
 
 
-class JpegQuality:
-    """An argparse type: a range of JPEG qualities. Yields both ends, prints as it is typed."""
-
-    def __init__(self, text: str):
-        self.low, self.high = map(int, text.split("-") if "-" in text else (text, text))
-        if not 1 <= self.low <= self.high <= 100:
-            raise ValueError
-
-    def __iter__(self):
-        return iter((self.low, self.high))
-
-    def __str__(self):
-        return f"{self.low}-{self.high}"
+def jpeg_qualities(text: str) -> str:
+    """An argparse type: a range of JPEG qualities, as `LOW-HIGH`."""
+    with contextlib.suppress(ValueError):
+        low, high = map(int, text.split("-") if "-" in text else (text, text))
+        if 1 <= low <= high <= 100:
+            return f"{low}-{high}"
+    raise argparse.ArgumentTypeError(f"must be two qualities from 1 to 100, as in 70-95, not {text}")
 
 
 def make_parser() -> argparse.ArgumentParser:
     description = "Train SRGAN, or upscale images four times with it."
     parser = argparse.ArgumentParser(prog="main.py", description=description, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"main.py: {message}\n")  # one line, without the usage
-    steps, interval = number(int, 0, 10**9), number(int, 1, 10**9)
+    steps, interval = number(int, 0, 9_999_999), number(int, 1, 9_999_999)
     rate, share = number(float, 1e-12, 1), number(float, 0, 1)
 
     def add(flag, kind, metavar, default, help):
         kind = {"type": kind} if callable(kind) else {"choices": kind}
-        help += f" (default: {default})" if default else ""
+        help += f" (default: {default})" if default is not None else ""
         group.add_argument(flag, **kind, metavar=metavar, default=default, help=help)
 
     group = parser.add_argument_group("main flags")
@@ -86,10 +82,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--input", str, "PATH", "input.jpg", "an image, or a folder of images")
     add("--output", str, "PATH", "output.jpg", "the image to write, or a folder for the results")
     add("--evaluate", str, "DIR", None, "print PSNR and SSIM on the HR images in DIR, or in HR/ and LR_x4/ below it")
-    add("--json", str, "FILE", None, "with --evaluate: write the mean scores to FILE, too, unless an image fails")
-    add("--export", str, "PATH", None, "write the generator as .tflite, .onnx or, without these, a SavedModel folder")
-    add("--weights", str, "FILE", None, "generator (default: weights/srgan.weights.h5); in training, to start from")
-    add("--blend", share, "A", None, "mix SRResNet (0) and SRGAN (1): fewer invented details")
+    add("--json", str, "FILE", None, "with --evaluate: also write the mean scores to FILE, if no image fails")
+    add("--export", str, "PATH", None, "write the generator as a .tflite or .onnx file, or else a SavedModel folder")
+    add("--weights", str, "FILE", None, "weights to use (default: weights/srgan.weights.h5), or to start training from")
+    add("--blend", share, "A", None, "mix the weights of SRResNet (0) and SRGAN (1): low values invent less detail")
     help = "average over the eight flips and rotations: better, eight times slower"
     group.add_argument("--ensemble", action="store_true", help=help)
 
@@ -99,11 +95,11 @@ def make_parser() -> argparse.ArgumentParser:
     layers = ("block2_conv2", "block3_conv4", "block5_conv4")
     add("--vgg_layer", layers, None, "block5_conv4", "VGG19 layer of the content loss")
     add("--vgg_weights", str, "FILE", None, "VGG19 weights (default: downloaded once by Keras)")
-    help = "paper: a tenth in the second half of the GAN; resuming with more steps raises a decayed rate again"
+    help = "paper: a tenth in the second half of the GAN; cosine: down to 0; none: constant"
     add("--lr_decay", ("paper", "cosine", "none"), None, "paper", help)
-    add("--precision", ("float32", "bfloat16"), None, "float32", "what the networks compute in; also for upscaling")
+    add("--precision", ("float32", "bfloat16"), None, "float32", "number format to train or upscale in")
     add("--ema", number(float, 0, 0.99999), "DECAY", 0, "average the generator's weights over the steps; 0: off")
-    add("--jpeg", JpegQuality, "LOW-HIGH", None, "compress half of the LR patches as JPEG, with these qualities")
+    add("--jpeg", jpeg_qualities, "LOW-HIGH", None, "compress half of the LR patches as JPEG, with these qualities")
     add("--save_every", interval, "N", 100, "steps between checkpoints, which are at most five minutes apart")
     add("--eval_every", interval, "N", 100, "steps between validations")
     add("--seed", number(int, 0, 2**31 - 1), "N", 0, "seed of the initial weights and of the order of the data")
@@ -171,8 +167,8 @@ def find_jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
     if not source.is_dir():
         must_be_writable(target)
         with data.open_image(source) as image:
-            width, height = image.size
-        data.check_output(target, data.SCALE * width, data.SCALE * height)
+            size = image.size
+        data.check_output(target, *size)
         return [(source, target)]
     if target.suffix.lower() in data.SUFFIXES or target.is_file():
         raise ValueError(f"--input {source} is a folder: --output must be a folder, too, got {target}")
@@ -180,29 +176,22 @@ def find_jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
     images = data.list_images(source)
     if not images:
         raise ValueError(f"no images in {source}: supported are {' '.join(sorted(data.SUFFIXES))}")
-    names, jobs = {image.name.casefold() for image in images}, []
-    for image in images:
-        name = image.name
-        if image.suffix.lower() not in data.FORMATS:  # GIF has too few colours: a PNG with a name of its own
-            name = f"{image.stem}.png"
-            while name.casefold() in names:
-                name = f"{name}.png"
-            names.add(name.casefold())
-        jobs.append((image, target / name))
+    # GIF has too few colours: a.gif becomes a.gif.png.
+    jobs = [(image, target / (image.name + ".png" * (image.suffix.lower() == ".gif"))) for image in images]
+    if len(dict(map(reversed, jobs))) < len(jobs):
+        raise ValueError(f"{source} holds a GIF and its PNG, NAME.gif and NAME.gif.png: rename one of them")
     return jobs
 
 
-def find_pairs(folder: str, scores: str | None, weights: list[Path]) -> list[tuple[str, Path, Path | None]]:
+def find_pairs(folder: str, scores: str | None) -> list[tuple[str, Path, Path | None]]:
     """The images to score, as `data.scoring_pairs`."""
     import data
 
-    pairs = data.scoring_pairs(must_exist(folder, "folder", Path.is_dir))
     if scores:
         must_be_writable(Path(scores))
-        inputs = [*weights, *(path for _, *paths in pairs for path in paths if path)]
-        if Path(scores).exists() and any(path.samefile(scores) for path in inputs):
-            raise ValueError(f"--json {scores} is an input, which is never overwritten: give another name")
-    return pairs
+        if not scores.endswith(".json"):
+            raise ValueError(f"the name of the --json file must end in .json, got {scores}")
+    return data.scoring_pairs(must_exist(folder, "folder", Path.is_dir))
 
 
 def check_export(target: Path) -> None:
@@ -211,14 +200,14 @@ def check_export(target: Path) -> None:
     if target.suffix.lower() in (".tflite", ".onnx"):
         return must_be_writable(target)
     must_be_writable(target / "saved_model.pb")
-    names = {path.name for path in target.iterdir()} if target.exists() else {"saved_model.pb"}
-    if not {"saved_model.pb"} <= names <= {"saved_model.pb", "fingerprint.pb", "assets", "variables"}:
-        raise ValueError(f"--export {target} is a folder with other files than a SavedModel's: give another name")
+    names = {path.name for path in target.iterdir()} if target.exists() else set()
+    if names and not {"saved_model.pb"} <= names <= {"saved_model.pb", "fingerprint.pb", "assets", "variables"}:
+        raise ValueError(f"--export {target} is a folder that holds something other than a SavedModel")
 
 
 def check_training(args: argparse.Namespace) -> None:
-    if "[" in args.run_dir:
-        raise ValueError(f"--run_dir {args.run_dir}: TensorFlow takes [ in a path for a pattern, choose another name")
+    if any(character in args.run_dir for character in "[\\" if character != os.sep):
+        raise ValueError(f"--run_dir {args.run_dir}: TensorFlow reads [ and \\ as a pattern, choose another name")
     for name in RESULTS:
         must_be_writable(Path(args.run_dir) / name)
     if args.data_dir:
@@ -242,11 +231,10 @@ def check_resuming(run_dir: Path, args: argparse.Namespace) -> None:
         before = dict(json.loads(file.read_text()))
     except (TypeError, ValueError):
         raise ValueError(f"{file} doesn't hold the options of a run: give another --run_dir") from None
-    now = json.loads(json.dumps(vars(args), default=str))
     for name in KEPT_OPTIONS + KEPT_BY_GAN * any(checkpoints.glob("gan-*[0-9]")):
-        values = before.get(name), now[name]
+        values = before.get(name), getattr(args, name)
         if name in ("data_dir", "weights"):
-            values = [value and str(Path(str(value)).resolve()) for value in values]
+            values = [value and os.path.realpath(str(value)) for value in values]
         if values[0] != values[1]:
             old, new = (f"without --{name}" if value is None else f"with --{name} {value}" for value in values)
             raise ValueError(f"the run in {run_dir} was started {old}, not {new}: use the same, or another --run_dir")
@@ -281,7 +269,7 @@ def upscale_image(upscaler: Callable, source: Path, target: Path) -> str:
 
     image = data.read_image(source)
     height, width, _ = image.pixels.shape
-    data.check_output(target, data.SCALE * width, data.SCALE * height)
+    data.check_output(target, width, height)
     if image.alpha is not None:
         image.pixels = data.spread_colours(image.pixels, image.alpha)
         image.alpha = data.enlarge_alpha(image.alpha)
@@ -323,21 +311,18 @@ def evaluate(args: argparse.Namespace, weights: list[Path], pairs: list[tuple[st
     return exit_code(len(pairs) - len(table), len(pairs))
 
 
-def export(args: argparse.Namespace, weights: list[Path]) -> int:
-    """`--export`: write the generator for other programs. Returns the exit code."""
+def export(args: argparse.Namespace, weights: list[Path]) -> None:
+    """`--export`: write the generator for other programs."""
     import model
 
     model.export(model.load_generator(weights, args.blend), args.export)
     print(f"exported to {args.export}")
-    return 0
 
 
-def train(args: argparse.Namespace) -> int:
-    """Train. Returns the exit code."""
+def train(args: argparse.Namespace) -> None:
     import train
 
     train.train(args)
-    return 0
 
 
 # -------------------------------------------------------------------------------------------------------- the program
@@ -345,11 +330,12 @@ def train(args: argparse.Namespace) -> int:
 
 def report(message: Exception | str, label: str = "main.py") -> None:
     """Print one line on stderr, after a label."""
-    from tqdm import tqdm
-
     if sys.flags.dev_mode and isinstance(message, Exception):
         traceback.print_exception(message)
-    tqdm.write(f"{label}: {' '.join(str(message).split()) or 'out of memory'}", file=sys.stderr)
+    if isinstance(message, OSError) and message.filename:
+        message = f"{message.filename}: {message.strerror}"
+    write = sys.modules["tqdm"].tqdm.write if "tqdm" in sys.modules else print  # above the progress bar
+    write(f"{label}: {' '.join(str(message).split()) or 'out of memory'}", file=sys.stderr)
 
 
 def exit_code(failed: int, count: int) -> int:
@@ -369,7 +355,7 @@ class Stream(io.FileIO):
 
 
 def open_streams() -> None:
-    """Let printing never fail: closed pipes and streams are ignored, and characters replaced that can't be encoded."""
+    """Make printing never fail: closed pipes and streams are ignored, characters that can't be encoded replaced."""
     while os.open(os.devnull, os.O_RDWR) <= 2:  # takes the place of a closed stream
         pass
     for number, name in ((1, "stdout"), (2, "stderr")):
@@ -413,8 +399,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.pretrained:
             task = partial(upscale, args, find_weights(args), find_jobs(Path(args.input), Path(args.output)))
         elif args.evaluate:
-            weights = find_weights(args)
-            task = partial(evaluate, args, weights, find_pairs(args.evaluate, args.json, weights))
+            task = partial(evaluate, args, find_weights(args), find_pairs(args.evaluate, args.json))
         elif args.export:
             check_export(Path(args.export))
             task = partial(export, args, find_weights(args))
@@ -425,9 +410,12 @@ def main(argv: list[str] | None = None) -> int:
             task = partial(train, args)
         code = 1
         print(f"Running on {start_tensorflow()}", flush=True)
-        return task()
+        return task() or 0
     except KeyboardInterrupt:
         return 130
+    except ImportError as error:
+        report(f"{error}: activate the environment, or run pip install -r requirements.txt")
+        return code
     except ERRORS as error:
         report(error)
         return code

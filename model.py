@@ -330,6 +330,8 @@ def make_upscaler(
             done(0.5 * area(part) / (height * width))
         return sr[times(SCALE, relative(keep, crop))]
 
+    compute = partial(_mean_of_turns, run) if ensemble else run
+
     def upscale(lr, progress=lambda n: None):
         height, width, channels = lr.shape
         unit = np.float32(np.iinfo(lr.dtype).max / 255)
@@ -338,10 +340,10 @@ def make_upscaler(
             x = lr[tile] / unit
             x = np.broadcast_to(x, (*x.shape[:2], 3))
             keep = relative(part, tile)
-            if ensemble:
-                y = _mean_of_turns(run, x, keep, lambda share: progress(share / 8 * area(part)))
-            else:
-                y = run(x, keep, lambda share: progress(share * area(part)))
+            try:
+                y = compute(x, keep, lambda share: progress(share * area(part)))
+            except tf.errors.ResourceExhaustedError as error:
+                raise MemoryError("out of memory: close other programs that use the device") from error
             sr[times(SCALE, part)] = np.rint(np.clip(y[..., :channels], 0, 255) * unit)
         return sr
 
@@ -356,7 +358,7 @@ def _mean_of_turns(run, lr, keep, done):
         if step == -1:
             columns = slice(lr.shape[1] - columns.stop, lr.shape[1] - columns.start)
         for turn in range(4):
-            total = total + np.rot90(run(x, (rows, columns), done), -turn)[:, ::step]
+            total = total + np.rot90(run(x, (rows, columns), lambda share: done(share / 8)), -turn)[:, ::step]
             rows, columns = slice(x.shape[1] - columns.stop, x.shape[1] - columns.start), rows
             x = np.rot90(x)  # the right column becomes the top row
     return total / 8
@@ -377,7 +379,7 @@ def export(network: keras.Model, path: str | Path) -> None:
     sr = keras.ops.clip(LocalLimits()(network.output, network.input), 0, 255)
     signature = [tf.TensorSpec((1, None, None, 3), tf.float32, name="lr")]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".srgan-", dir=path.parent) as folder, warnings.catch_warnings():
+    with tempfile.TemporaryDirectory(".tmp", ".srgan-", path.parent) as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the converters, about themselves
         new = Path(folder) / f"new{path.suffix.lower()}"
         try:

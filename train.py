@@ -5,8 +5,8 @@ From top to bottom: the devices, the two training steps, validation and weights,
 
 import contextlib
 import dataclasses
+import itertools
 import json
-import math
 import os
 import shutil
 import signal
@@ -28,7 +28,7 @@ LOG_EVERY = 10  # steps between TensorBoard's points: reading a loss waits for t
 KEEP = 2  # newest checkpoints of a phase
 SAVE_AFTER = 300  # at most this many seconds between checkpoints, however long --save_every steps take
 WON_AFTER = 50  # points of D(HR) near 1 and D(SR) near 0 before the warning
-VALID_IMAGES, VALID_SIZE = 10, 96  # validation takes the middle 96x96 LR pixels of the first ten images: seconds
+VALID_IMAGES, VALID_SIZE = 10, 96  # validation crops: the middle 96x96 LR pixels of the first ten images
 
 
 # ------------------------------------------------------------------------------------------------------- the devices
@@ -85,11 +85,8 @@ def compiled(step: Callable, xla: bool | None = None) -> Callable:
 
     strategy = tf.distribute.get_strategy()
 
-    def cast(lr, hr):
-        return step(tf.cast(lr, tf.float32), tf.cast(hr, tf.float32))
-
-    def everywhere(lr, hr):
-        scalars = strategy.run(cast, (lr, hr))
+    def everywhere(*batch):
+        scalars = strategy.run(lambda *images: step(*(tf.cast(x, tf.float32) for x in images)), batch)
         return {name: strategy.reduce("MEAN", value, axis=None) for name, value in scalars.items()}
 
     return tf.function(everywhere, jit_compile=xla and not tf.distribute.has_strategy())
@@ -212,8 +209,7 @@ def make_averaging(generator, optimizer, images, args) -> Callable:
 def validation_pairs(images) -> list[tuple[np.ndarray, np.ndarray]]:
     """The middle of the first images as `(lr, hr)`: small images whole, at most 384x384 of large ones."""
     pairs = []
-    for i in range(min(len(images), VALID_IMAGES)):
-        lr, hr = images[i]
+    for _, (lr, hr) in zip(range(VALID_IMAGES), images):
         top, left = (max(side - VALID_SIZE, 0) // 2 for side in lr.shape[:2])
         lr = lr[top:, left:][:VALID_SIZE, :VALID_SIZE]
         hr = hr[data.SCALE * top :, data.SCALE * left :][: data.SCALE * VALID_SIZE, : data.SCALE * VALID_SIZE]
@@ -278,8 +274,7 @@ class Checkpoints:
 
     def all(self) -> list[Path]:
         """The checkpoints, newest first. Other names in the folder are ignored."""
-        steps = (path.name.removeprefix(f"{self.name}-") for path in self.folder.iterdir())
-        paths = [self.path(step) for step in sorted((int(s) for s in steps if s.isdecimal()), reverse=True)]
+        paths = sorted(self.folder.glob(f"{self.name}-{7 * '[0-9]'}"), reverse=True)
         return [path for path in paths if path.is_dir()]
 
     def save(self, step: int):
@@ -311,12 +306,10 @@ class Checkpoints:
 
     def check_finite(self, step: int, scalars: dict, weights: bool):
         """Raise FloatingPointError if a loss or, with `weights`, a number of the state is not finite."""
-        bad = "" if all(map(math.isfinite, scalars.values())) else "a loss"
-        if weights and not all(np.isfinite(v.numpy()).all() for part in self.parts for v in part.variables):
-            bad = bad or "a weight"
-        if bad:
+        state = (variable.numpy() for part in self.parts for variable in part.variables if weights)
+        if not all(np.isfinite(value).all() for value in itertools.chain(scalars.values(), state)):
             raise FloatingPointError(
-                f"{self.name}: {bad} is not finite after step {step}; last good checkpoint: "
+                f"{self.name}: a loss or a weight is not finite after step {step}; last good checkpoint: "
                 f"{next(iter(self.all()), 'none')}. Try a lower learning rate, or --precision float32"
             )
 
@@ -353,8 +346,10 @@ def write_options(run_dir: Path, args, images):
     with contextlib.suppress(OSError, ValueError, AttributeError):  # none yet, or unreadable
         if json.loads(path.read_text()).get("images", images.fingerprint) != images.fingerprint:
             print("Warning: the training images have changed since this run began", file=sys.stderr)
+    options = {**vars(args), "images": images.fingerprint}
+    for name in ("data_dir", "weights"):  # to find them from any folder
+        options[name] = options[name] and os.path.abspath(options[name])
     with data.atomic_write(path) as temporary:
-        options = {**vars(args), "images": images.fingerprint}
         temporary.write_text(json.dumps(options, indent=2, default=str) + "\n")
 
 
@@ -431,7 +426,7 @@ def fit(phase: Phase, weights: Path, images, pairs, args):
     start = checkpoints.restore()
     check_same_step(start)
     if start >= steps and weights.exists():
-        return
+        return print(f"{name}: finished before, see {weights}")
 
     average = make_averaging(phase.state["generator"], phase.state["optimizer"], images, args)
     validate, status = make_validation(average, pairs, phase.vgg), {}
@@ -497,7 +492,8 @@ def fit(phase: Phase, weights: Path, images, pairs, args):
 
             # Stop.
             if stopping:
-                bar.write(f"Interrupted and saved: the same command continues from {checkpoints.path(step)}")
+                if chief:
+                    bar.write(f"Interrupted and saved: the same command continues from {checkpoints.path(step)}")
                 sys.exit(128 + signals[0])
     if chief and start >= steps:  # the run was finished, and its weights are gone
         save_weights(average(), weights)
@@ -508,8 +504,7 @@ def fit(phase: Phase, weights: Path, images, pairs, args):
 def train(args):
     """Train SRResNet and then SRGAN on all devices, as `args` (the flags of main.py) say.
 
-    Whatever could fail later is tried before the first step. Raises SystemExit, OSError, ValueError,
-    FloatingPointError, MemoryError.
+    Whatever could fail later is tried before the first step. Raises as `fit`, and ValueError and MemoryError.
     """
     strategy, run_dir = make_strategy(), Path(args.run_dir)
     devices = strategy.num_replicas_in_sync
@@ -531,17 +526,18 @@ def train(args):
 def train_both(args, run_dir: Path):
     """Load everything that the two phases share, and run them."""
     vgg = losses.vgg_features(args.vgg_layer, args.vgg_weights, args.precision) if args.STEPS else None
+    keras.utils.set_random_seed(args.seed)
+    generator = model.generator(args.precision)
+    srresnet, srgan = run_dir / "srresnet.weights.h5", run_dir / "srgan.weights.h5"
+    if args.weights or not args.PREGENSTEPS:
+        model.load_weights(generator, args.weights or srresnet)
+
     images, valid_images = data.load(args.data_dir)
     pairs = validation_pairs(valid_images)
     if is_chief():
         write_options(run_dir, args, images)
     print(f"{len(images)} images to train on, {len(valid_images)} to validate on")
 
-    keras.utils.set_random_seed(args.seed)
-    generator = model.generator(args.precision)
-    srresnet, srgan = run_dir / "srresnet.weights.h5", run_dir / "srgan.weights.h5"
-    if args.weights or not args.PREGENSTEPS:
-        model.load_weights(generator, args.weights or srresnet)
     if args.PREGENSTEPS:
         fit(pretrain(args, generator), srresnet, images, pairs, args)
         model.load_weights(generator, srresnet)  # averaged, with --ema

@@ -283,7 +283,7 @@ data.FOLDER, data.DIV2K, data.DIV2K_URL = pathlib.Path(settings["FOLDER"]), sett
 
 
 KILL = """
-import http.client, zipfile
+import http.client
 read1 = http.client.HTTPResponse.read1
 http.client.HTTPResponse.read1 = lambda answer, size: read1(answer, min(size, 5000))  # so that an archive takes many
 (place, name), count = sys.argv[2].rsplit(".", 1), int(sys.argv[3])
@@ -352,7 +352,7 @@ def test_a_disk_that_is_full_or_read_only_is_one_clear_error(tmp_path, folder, m
 
     photos = save(tmp_path / "photos", {"a.png": noise(96, 96)})
     monkeypatch.setattr(*((data.os, "fsync") if code == errno.ENOSPC else (Path, "mkdir")), fail)
-    with pytest.raises(OSError, match=f"can't write .*prepared.*: {words}") as error:
+    with pytest.raises(OSError, match=words) as error:
         data.prepare(photos)
     assert "\n" not in str(error.value)
     assert not folder.exists() or stored(folder) == []
@@ -412,12 +412,9 @@ def test_a_batch_depends_on_seed_and_step_alone(images):
 
 
 def test_workers_share_a_batch(images):
-    whole = batches(images, 12, 0, 3, seed=5, jpeg=(30, 90))
-    parts = [batches(images, 12, 0, 3, seed=5, jpeg=(30, 90), part=part, parts=3) for part in range(3)]
+    whole = batches(images, 12, 0, 3, seed=5, jpeg="30-90")
+    parts = [batches(images, 12, 0, 3, seed=5, jpeg="30-90", part=part, parts=3) for part in range(3)]
     assert same(whole, [[np.concatenate(some) for some in zip(*step)] for step in zip(*parts)])
-    for part, count in ((0, 5), (3, 3)):
-        with pytest.raises(ValueError, match="divided equally"):
-            data.patches(images, 12, 0, 3, seed=5, part=part, parts=count)
 
 
 def test_an_epoch_visits_each_image_once_for_each_part_of_its_area(tmp_path, monkeypatch):
@@ -470,7 +467,7 @@ def test_jpeg_compresses_half_of_the_lr_patches_as_if_the_whole_image_had_been_s
     Image.fromarray(whole).save(file, "JPEG", quality=30)
     saved = np.asarray(Image.open(file))
     ((clean, hr),) = batches(images, 256, 0, 1, seed=1)
-    ((lr, same_hr),) = batches(images, 256, 0, 1, seed=1, jpeg=(30, 30))
+    ((lr, same_hr),) = batches(images, 256, 0, 1, seed=1, jpeg="30-30")
     np.testing.assert_array_equal(hr, same_hr)
     compressed = (lr != clean).any(axis=(1, 2, 3))
     assert 0.4 < compressed.mean() < 0.6
@@ -486,7 +483,7 @@ def test_jpeg_qualities_cover_their_range(images):
         return np.abs(lr.astype(int) - clean).mean(axis=(1, 2, 3))
 
     ((clean, _),) = batches(images, 256, 0, 1, seed=1)
-    low, high, mixed = error((5, 5)), error((95, 95)), error((5, 95))
+    low, high, mixed = error("5-5"), error("95-95"), error("5-95")
     hit = low > 0
     assert (high[hit] < low[hit]).all()
     assert (mixed[hit] <= low[hit] * 1.2).all() and len(np.unique(mixed[hit])) > 30
@@ -635,7 +632,7 @@ def test_a_server_that_never_gets_better_is_one_clear_error_and_the_next_run_goe
 def test_no_network_is_one_clear_error(server, folder, monkeypatch):
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as closed:
         monkeypatch.setattr(data, "DIV2K_URL", f"http://127.0.0.1:{closed.server_port}/")
-    with pytest.raises(OSError, match="can't download .*refused.*put the file into .*DIV2K yourself"):
+    with pytest.raises(OSError, match="can't download .*refused.*put the file into .*DIV2K,"):
         data.load()
 
 
@@ -682,7 +679,7 @@ def test_the_published_div2k():
         ("http.client.HTTPResponse.read1", 2),
         ("http.client.HTTPResponse.read1", 20),
         ("data.hashlib.file_digest", 1),
-        ("zipfile.ZipFile.extract", 3),
+        ("data.shutil.copyfileobj", 3),
         ("pathlib.Path.rename", 1),
         ("data.shutil.rmtree", 2),
         ("pathlib.Path.unlink", 1),

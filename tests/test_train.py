@@ -259,9 +259,15 @@ def test_more_steps_extend_a_finished_run(tiny_networks, photos, tmp_path, capsy
     assert max(step for tag, step in points(tmp_path / "run" / "logs" / "gan")) == 11
 
 
-def test_other_options_are_refused_and_other_learning_rates_are_not(tiny_networks, photos, tmp_path, capsys):
+def test_other_options_are_refused_and_other_learning_rates_are_not(
+    tiny_networks, photos, tmp_path, capsys, monkeypatch
+):
     run = tmp_path / "run"
-    train.train(flags(photos, run, "--STEPS", "0"))
+    monkeypatch.chdir(photos)
+    train.train(flags(".", run, "--STEPS", "0"))
+    monkeypatch.chdir(tmp_path)
+    assert main.main(argv(".", run)) == 2
+    assert f"was started with --data_dir {photos}, not" in capsys.readouterr().err
     assert main.main(argv(photos, run, "--BATCH_SIZE", "8")) == 2
     assert "was started with --BATCH_SIZE 4, not with --BATCH_SIZE 8" in capsys.readouterr().err
     train.train(flags(photos, run, "--PREGENSTEPS", "14", "--STEPS", "0", "--lr_pre_gen", "1e-5"))
@@ -328,7 +334,9 @@ def test_a_checkpoint_is_never_written_with_a_number_that_is_not_finite(tiny_net
         return counted
 
     monkeypatch.setattr(train, "make_pretrain_step", breaking)
-    with pytest.raises(FloatingPointError, match="a weight is not finite after step 10; last good.*pretrain-0000005"):
+    with pytest.raises(
+        FloatingPointError, match="a loss or a weight is not finite after step 10; last good.*pretrain-0000005"
+    ):
         train.train(flags(photos, tmp_path))
     assert max(step_of(path) for path in (tmp_path / "checkpoints").iterdir()) == 5
 

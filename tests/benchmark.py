@@ -147,7 +147,7 @@ def rows(args):
                 name = f"{phase}, {precision}{', XLA' if xla else ''}"
                 yield name, training, phase, precision, xla, args.BATCH_SIZE
     yield "patches", patches, args.data_dir, None, args.BATCH_SIZE
-    yield "patches, a half as JPEG", patches, args.data_dir, "30-95", args.BATCH_SIZE
+    yield "patches, half of them JPEG", patches, args.data_dir, "30-95", args.BATCH_SIZE
     for width, height in ((128, 128), (480, 270), (1920, 1080)):
         for precision in ("float32", "bfloat16"):
             yield f"upscaling {width}x{height}, {precision}", upscaling, height, width, precision

@@ -110,9 +110,23 @@ def colour_loss(hr, sr):
     return blocks + 10 * (tf.reduce_mean(tf.square(chroma)) + places)
 
 
-def perceptual_loss(content, adversarial, colour):
-    """Equation 3, plus the colour loss."""
-    return content + 1e-3 * adversarial + 10 * colour
+def artifact_loss(hr, sr):
+    """Errors that look like artifacts, weighted as by Liang et al. 2022, "Details or Artifacts" (arXiv:2203.09195).
+
+    Not in the SRGAN paper. Invented texture is off by a little everywhere; specks and false edges are off by a lot in a
+    few pixels. So the error of a pixel, summed over RGB from 0 to 1, is weighted by the variance of the errors in the
+    7x7 pixels around it and by the fifth root of their variance in the patch. No gradient flows through the weight.
+    """
+    error = tf.reduce_sum(tf.abs(hr - sr), -1, keepdims=True) / 255
+    around = tf.pad(error, [[0, 0], [3, 3], [3, 3], [0, 0]], "REFLECT")
+    mean, mean_square = (tf.nn.avg_pool2d(x, 7, 1, "VALID") for x in (around, tf.square(around)))
+    weight = (mean_square - tf.square(mean)) * tf.math.reduce_variance(error, (1, 2, 3), keepdims=True) ** 0.2
+    return tf.reduce_mean(tf.stop_gradient(weight) * error)
+
+
+def perceptual_loss(content, adversarial, colour, artifact):
+    """Equation 3, plus the colour loss and the artifact loss."""
+    return content + 1e-3 * adversarial + 10 * colour + 16 * artifact
 
 
 # ----------------------------------------------------------------------------------------------------------- metrics

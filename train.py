@@ -120,14 +120,16 @@ def make_gan_step(generator, discriminator, vgg, optimizer, discriminator_optimi
         features_hr = vgg(hr, training=False)
         with tf.GradientTape() as generator_tape, tf.GradientTape() as discriminator_tape:
             sr = generator(lr, training=True)
-            same_sr = tf.identity(sr)  # two uses each, not one of three: see `compiled`
+            same_sr = tf.identity(sr)  # two uses of each, not one tensor of four: see `compiled`
+            again_sr = tf.identity(same_sr)
             logits_hr = discriminator(hr, training=True)
             logits_sr = discriminator(same_sr, training=True)
             # The generator's images should have the original's VGG features and colours, and pass for real ones.
             content = losses.content_loss(features_hr, vgg(sr, training=False))
             adversarial = losses.adversarial_loss(logits_sr)
-            colour = losses.colour_loss(hr, same_sr)
-            perceptual = losses.perceptual_loss(content, adversarial, colour)
+            colour = losses.colour_loss(hr, again_sr)
+            artifact = losses.artifact_loss(hr, again_sr)
+            perceptual = losses.perceptual_loss(content, adversarial, colour, artifact)
             # The discriminator should tell real images from generated ones.
             discrimination = losses.discriminator_loss(logits_hr, logits_sr)
         update(generator, optimizer, generator_tape, perceptual)
@@ -138,6 +140,7 @@ def make_gan_step(generator, discriminator, vgg, optimizer, discriminator_optimi
             "Content Loss": content,
             "Adversarial Loss": adversarial,
             "Colour Loss": colour,
+            "Artifact Loss": artifact,
             "D(HR)": tf.reduce_mean(tf.sigmoid(logits_hr)),
             "D(SR)": tf.reduce_mean(tf.sigmoid(logits_sr)),
         }

@@ -29,7 +29,28 @@ def test_adversarial_losses_do_not_saturate():
 
 
 def test_perceptual_loss():
-    assert float(losses.perceptual_loss(tf.constant(2.0), tf.constant(5.0), tf.constant(0.3))) == pytest.approx(5.005)
+    parts = map(tf.constant, (2.0, 5.0, 0.3, 0.1))
+    assert float(losses.perceptual_loss(*parts)) == pytest.approx(2 + 0.005 + 3 + 1.6)
+
+
+def test_artifact_loss_sees_specks_more_than_texture():
+    """Of two errors with the same mean, the one in few pixels counts more; an even one doesn't count at all."""
+    hr = np.full((1, 96, 96, 3), 100, np.float32)
+    texture, specks = hr.copy(), hr.copy()
+    texture[:, ::2, ::2] += 20
+    specks[:, ::8, ::8] += 320
+    assert np.abs(texture - hr).sum() == np.abs(specks - hr).sum()
+    loss = [float(losses.artifact_loss(tf.constant(hr), tf.constant(sr))) for sr in (hr, hr + 20, texture, specks)]
+    assert loss[0] == 0 and abs(loss[1]) < 1e-7 and loss[3] > 10 * loss[2] > 0
+
+
+def test_artifact_loss_by_its_definition():
+    rng = np.random.default_rng(0)
+    hr, sr = np.float32(rng.uniform(0, 255, (2, 1, 20, 24, 3)))
+    error = np.abs(hr - sr).sum(-1)[0] / 255
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(error, 3, "reflect"), (7, 7))
+    expected = np.mean(windows.var((2, 3)) * error.var() ** 0.2 * error)
+    assert float(losses.artifact_loss(tf.constant(hr), tf.constant(sr))) == pytest.approx(expected, rel=1e-4)
 
 
 def test_colour_loss_sees_luma_and_grids_and_no_luma_texture():

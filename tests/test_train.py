@@ -59,7 +59,8 @@ def test_gan_step_moves_both_networks_and_never_vgg():
     )
     assert all(vgg_kept) and not any(discriminator_kept) and not any(generator_kept)
     assert set(scalars) == {
-        "Perceptual Loss", "Discriminator Loss", "Content Loss", "Adversarial Loss", "Colour Loss", "D(HR)", "D(SR)",
+        "Perceptual Loss", "Discriminator Loss", "Content Loss", "Adversarial Loss", "Colour Loss", "Artifact Loss",
+        "D(HR)", "D(SR)",
     }  # fmt: skip
 
 
@@ -84,12 +85,14 @@ def test_gan_step_reports_the_papers_losses():
     logits_sr = discriminator(sr, training=True)
     content = float(losses.content_loss(vgg(hr), vgg(sr)))
     adversarial = float(losses.adversarial_loss(logits_sr))
-    colour = float(losses.colour_loss(hr, sr))
+    colour, artifact = float(losses.colour_loss(hr, sr)), float(losses.artifact_loss(hr, sr))
     optimizers = [train.make_optimizer(1e-3, network) for network in (generator, discriminator)]
     scalars = train.make_gan_step(generator, discriminator, vgg, *optimizers)(*batch())
     assert float(scalars["Content Loss"]) == pytest.approx(content, rel=1e-4)
     assert float(scalars["Colour Loss"]) == pytest.approx(colour, rel=1e-4)
-    assert float(scalars["Perceptual Loss"]) == pytest.approx(content + 1e-3 * adversarial + 10 * colour, rel=1e-4)
+    assert float(scalars["Artifact Loss"]) == pytest.approx(artifact, rel=1e-4)
+    perceptual = content + 1e-3 * adversarial + 10 * colour + 16 * artifact
+    assert float(scalars["Perceptual Loss"]) == pytest.approx(perceptual, rel=1e-4)
     assert float(scalars["Discriminator Loss"]) == pytest.approx(
         float(losses.discriminator_loss(logits_hr, logits_sr)), rel=1e-4
     )
@@ -242,8 +245,8 @@ def test_curves_and_images_of_a_run(tiny_networks, photos, tmp_path):
     images = {"crop/bicubic", "crop/SR", "crop/HR"}
     assert {tag for tag, _ in pretrain} == {"MSE Loss", "PSNR"} | images
     assert {tag for tag, _ in gan} == {
-        "Perceptual Loss", "Discriminator Loss", "Content Loss", "Adversarial Loss", "Colour Loss", "D(HR)", "D(SR)",
-        "PSNR", "Validation Content Loss",
+        "Perceptual Loss", "Discriminator Loss", "Content Loss", "Adversarial Loss", "Colour Loss", "Artifact Loss",
+        "D(HR)", "D(SR)", "PSNR", "Validation Content Loss",
     } | images  # fmt: skip
     assert [step for tag, step in pretrain if tag == "PSNR"] == [0, 4, 8, 12]
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == [

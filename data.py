@@ -486,7 +486,7 @@ def prepare(folder: str | Path) -> PreparedImages:
         print(f"left out: {line}", file=sys.stderr)
     prepared = {path.name: target for path, target in targets.items() if target.exists()}
     if not prepared:
-        raise ValueError(f"{folder} has no usable images, of {len(targets)}: put some of at least 96x96 pixels there")
+        raise ValueError(f"{folder} has no usable images, of {len(targets)}: they need {HR_PATCH}x{HR_PATCH} pixels")
     return PreparedImages(prepared)
 
 
@@ -526,6 +526,8 @@ def patches(
     """
     import tensorflow as tf
 
+    if batch_size % parts or not 0 <= part < parts:
+        raise ValueError(f"a batch of {batch_size} can't be divided equally between {parts} workers (part {part})")
     share = batch_size // parts
     low, high = map(int, jpeg.split("-")) if jpeg else (0, 0)
     counts = np.maximum(images.sizes.prod(axis=1) * SCALE**2 // VISIT_PIXELS, 1)

@@ -85,8 +85,11 @@ def compiled(step: Callable, xla: bool | None = None) -> Callable:
 
     strategy = tf.distribute.get_strategy()
 
-    def everywhere(*batch):
-        scalars = strategy.run(lambda *images: step(*(tf.cast(x, tf.float32) for x in images)), batch)
+    def cast(lr, hr):
+        return step(tf.cast(lr, tf.float32), tf.cast(hr, tf.float32))
+
+    def everywhere(lr, hr):
+        scalars = strategy.run(cast, (lr, hr))
         return {name: strategy.reduce("MEAN", value, axis=None) for name, value in scalars.items()}
 
     return tf.function(everywhere, jit_compile=xla and not tf.distribute.has_strategy())
@@ -120,15 +123,15 @@ def make_gan_step(generator, discriminator, vgg, optimizer, discriminator_optimi
         features_hr = vgg(hr, training=False)
         with tf.GradientTape() as generator_tape, tf.GradientTape() as discriminator_tape:
             sr = generator(lr, training=True)
-            same_sr = tf.identity(sr)  # two uses of each, not one tensor of four: see `compiled`
-            again_sr = tf.identity(same_sr)
+            sr_copy = tf.identity(sr)  # two uses of each, not one tensor of four: see `compiled`
+            sr_copy_2 = tf.identity(sr_copy)
             logits_hr = discriminator(hr, training=True)
-            logits_sr = discriminator(same_sr, training=True)
-            # The generator's images should have the original's VGG features and colours, and pass for real ones.
+            logits_sr = discriminator(sr_copy, training=True)
+            # The generator's images should have the original's features and colours, no artifacts, and pass for real.
             content = losses.content_loss(features_hr, vgg(sr, training=False))
             adversarial = losses.adversarial_loss(logits_sr)
-            colour = losses.colour_loss(hr, again_sr)
-            artifact = losses.artifact_loss(hr, again_sr)
+            colour = losses.colour_loss(hr, sr_copy_2)
+            artifact = losses.artifact_loss(hr, sr_copy_2)
             perceptual = losses.perceptual_loss(content, adversarial, colour, artifact)
             # The discriminator should tell real images from generated ones.
             discrimination = losses.discriminator_loss(logits_hr, logits_sr)
@@ -353,7 +356,7 @@ def write_options(run_dir: Path, args, images):
     for name in ("data_dir", "weights"):  # to find them from any folder
         options[name] = options[name] and os.path.abspath(options[name])
     with data.atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(options, indent=2, default=str) + "\n")
+        temporary.write_text(json.dumps(options, indent=2) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------- the loop
@@ -429,7 +432,8 @@ def fit(phase: Phase, weights: Path, images, pairs, args):
     start = checkpoints.restore()
     check_same_step(start)
     if start >= steps and weights.exists():
-        return print(f"{name}: finished before, see {weights}")
+        print(f"{name}: finished before, see {weights}")
+        return
 
     average = make_averaging(phase.state["generator"], phase.state["optimizer"], images, args)
     validate, status = make_validation(average, pairs, phase.vgg), {}

@@ -6,6 +6,7 @@ import http.server
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ import pytest
 from PIL import Image
 
 import data
+import main
 
 ROOT = Path(data.__file__).resolve().parent
 
@@ -346,15 +348,17 @@ def test_too_little_room_is_said_before_anything_is_written(tmp_path, folder, mo
 
 
 @pytest.mark.parametrize("code, words", [(errno.ENOSPC, "No space left"), (errno.EROFS, "Read-only file system")])
-def test_a_disk_that_is_full_or_read_only_is_one_clear_error(tmp_path, folder, monkeypatch, code, words):
-    def fail(*_, **__):
-        raise OSError(code, os.strerror(code))
+def test_a_disk_that_is_full_or_read_only_is_one_clear_error(tmp_path, folder, monkeypatch, capsys, code, words):
+    def fail(place, *_, **__):
+        raise OSError(code, os.strerror(code), *([str(place)] if isinstance(place, Path) else []))
 
     photos = save(tmp_path / "photos", {"a.png": noise(96, 96)})
     monkeypatch.setattr(*((data.os, "fsync") if code == errno.ENOSPC else (Path, "mkdir")), fail)
-    with pytest.raises(OSError, match=words) as error:
+    with pytest.raises(OSError) as error:
         data.prepare(photos)
-    assert "\n" not in str(error.value)
+    main.report(error.value)
+    printed = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(f"main.py: .*prepared.*: {words}.*", printed)
     assert not folder.exists() or stored(folder) == []
 
 
@@ -415,6 +419,9 @@ def test_workers_share_a_batch(images):
     whole = batches(images, 12, 0, 3, seed=5, jpeg="30-90")
     parts = [batches(images, 12, 0, 3, seed=5, jpeg="30-90", part=part, parts=3) for part in range(3)]
     assert same(whole, [[np.concatenate(some) for some in zip(*step)] for step in zip(*parts)])
+    for part, count in ((0, 5), (3, 3)):
+        with pytest.raises(ValueError, match="divided equally"):
+            data.patches(images, 12, 0, 3, seed=5, part=part, parts=count)
 
 
 def test_an_epoch_visits_each_image_once_for_each_part_of_its_area(tmp_path, monkeypatch):

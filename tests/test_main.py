@@ -168,7 +168,7 @@ def resumed(tmp_path, monkeypatch):
     flags = ["--run_dir", "run", "--data_dir", "photos", "--jpeg", "70-95"]
     for name in ("pretrain-0000005", "pretrain-x1", "gan-", ".DS_Store"):
         Path("run", "checkpoints", name).mkdir(parents=True)
-    Path("run", "options.json").write_text(json.dumps(vars(main.parse(flags)), default=str))
+    Path("run", "options.json").write_text(json.dumps(vars(main.parse(flags))))
     return flags, Path("run")
 
 

@@ -125,8 +125,8 @@ def artifact_loss(hr, sr):
 
 
 def perceptual_loss(content, adversarial, colour, artifact):
-    """Equation 3, plus the colour loss and the artifact loss."""
-    return content + 1e-3 * adversarial + 10 * colour + 16 * artifact
+    """Equation 3 with three times its adversarial loss, plus the colour loss and the artifact loss."""
+    return content + 3e-3 * adversarial + 10 * colour + 32 * artifact
 
 
 # ----------------------------------------------------------------------------------------------------------- metrics

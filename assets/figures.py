@@ -323,7 +323,7 @@ CURVES = {  # file: the phase, TensorBoard's tag, and the arguments of `curve`
     ),
     "perceptual_loss.svg": (
         "gan", "Perceptual Loss",
-        {"title": "SRGAN: perceptual loss", "label": "content + 0.003 adversarial + 10 colour + 32 artifact"},
+        {"title": "SRGAN: perceptual loss", "label": "weighted sum of its four parts"},
     ),
     "discriminator_loss.svg": (
         "gan", "Discriminator Loss",

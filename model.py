@@ -15,6 +15,7 @@ import tensorflow as tf
 from keras import layers
 
 SCALE = 4
+BLOCKS = 16  # the generator's residual blocks
 
 
 def _policy(precision):
@@ -95,7 +96,7 @@ def generator(precision: str = "float32") -> keras.Model:
     x = layers.Rescaling(1 / 255, dtype="float32")(lr)  # [0, 1]
     skip = prelu(name="head_prelu")(conv(64, 9, dtype="float32", name="head_conv")(x))
     x = keras.ops.copy(skip)  # so that no gradient is a sum over three uses (see train.compiled)
-    for i in range(1, 17):
+    for i in range(1, BLOCKS + 1):
         y = conv(64, 3, name=f"block{i}_conv1")(x)
         y = prelu(name=f"block{i}_prelu")(norm(name=f"block{i}_norm1")(y))
         y = conv(64, 3, name=f"block{i}_conv2")(y)

@@ -12,7 +12,6 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from PIL import Image
 
 import data
@@ -194,25 +193,6 @@ def test_options_that_are_not_a_run_s_are_one_line(checked, resumed, capsys, tex
     (run_dir / "options.json").write_text(text)
     assert not checked(*flags)
     assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_train_both_phases_then_upscale(photos, vgg_weights, tmp_path, capsys):
-    """From a folder of photos to an image four times larger, with the real networks."""
-    run_dir = tmp_path / "run"
-    flags = "--vgg_layer block2_conv2 --PREGENSTEPS 1 --STEPS 1 --BATCH_SIZE 2".split()
-    assert run("--data_dir", photos, "--run_dir", run_dir, "--vgg_weights", vgg_weights, *flags) == 0
-    weights = run_dir / "srgan.weights.h5"
-    assert f"python3 main.py --pretrained --weights {weights}" in capsys.readouterr().out
-    tags = {}
-    for phase in ("pretrain", "gan"):
-        (file,) = (run_dir / "logs" / phase).glob("events*")
-        events = [tf.compat.v1.Event.FromString(record.numpy()) for record in tf.data.TFRecordDataset(str(file))]
-        tags[phase] = {value.tag for event in events for value in event.summary.value}
-    assert tags["pretrain"] >= {"MSE Loss", "PSNR"} and tags["gan"] >= {"Perceptual Loss", "Discriminator Loss", "PSNR"}
-
-    Image.open(photos / "valid" / "4.png").crop((0, 0, 28, 20)).save(tmp_path / "a.png")
-    assert run("--pretrained", "--weights", weights, "--input", tmp_path / "a.png", "--output", tmp_path / "b.png") == 0
-    assert Image.open(tmp_path / "b.png").size == (112, 80)
 
 
 @pytest.mark.parametrize("what", ["empty", "no_image", "small"])

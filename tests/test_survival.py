@@ -1,4 +1,4 @@
-"""Whole training processes, with tiny networks: killed at random moments, on two devices, on two workers."""
+"""Whole training processes, most with tiny networks: killed at random moments, on two devices, on two workers."""
 
 import json
 import os
@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_train import same_result, weights
+from PIL import Image
+from test_train import points, same_result, weights
+
+import main
 
 TINY = Path(__file__).with_name("tiny.py")
-
-
 FLAGS = "--PREGENSTEPS 20 --STEPS 40 --save_every 2 --eval_every 10 --seed 3 --ema 0.9"
 
 
@@ -51,11 +52,27 @@ def finish(process, code=0, timeout=200):
 
 
 @pytest.fixture(scope="module")
-def whole(start, tmp_path_factory):
+def runs(start, tmp_path_factory, vgg_weights):
+    """A folder of runs, and the processes of each by its name: started all at once, as each keeps one core busy."""
+    folder, real = tmp_path_factory.mktemp("runs"), "--PREGENSTEPS 1 --STEPS 1 --vgg_layer block2_conv2"
+    return folder, {
+        "whole": [start(folder / "whole")],
+        "real": [start(folder / "real", f"{real} --vgg_weights {vgg_weights}", TINY_NETWORKS="real")],
+        "devices": [start(folder / "devices", TINY_DEVICES="2")],
+        "workers": start_workers(start, folder / "workers"),
+    }
+
+
+def finished(runs, name):
+    """The folder of a run, and what each of its processes printed."""
+    folder, processes = runs
+    return folder / name, [finish(process) for process in processes[name]]
+
+
+@pytest.fixture(scope="module")
+def whole(runs):
     """The folder of a run that nothing disturbs."""
-    run_dir = tmp_path_factory.mktemp("whole") / "run"
-    finish(start(run_dir))
-    return run_dir
+    return finished(runs, "whole")[0]
 
 
 def newest(run_dir, phase):
@@ -84,9 +101,9 @@ def kill_at_random(start, run_dir, flags, kills, longest_wait, **environment):
     assert not list(run_dir.glob("checkpoints/*.new"))
 
 
-def test_a_run_that_is_killed_ends_like_one_that_is_not(start, whole, tmp_path):
+def test_a_run_that_is_killed_ends_like_one_that_is_not(start, runs, tmp_path):
     kill_at_random(start, tmp_path / "killed", FLAGS, {"gan": 1}, longest_wait=0.2)
-    same_result(tmp_path / "killed", whole)
+    same_result(tmp_path / "killed", finished(runs, "whole")[0])
 
 
 @pytest.mark.slow
@@ -115,9 +132,10 @@ def nearly_same_result(run, other):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_two_devices_train_like_one(start, whole, tmp_path):
-    assert "Training on 2 devices" in finish(start(tmp_path / "two", TINY_DEVICES="2"))
-    nearly_same_result(tmp_path / "two", whole)
+def test_two_devices_train_like_one(runs, whole):
+    run_dir, (output,) = finished(runs, "devices")
+    assert "Training on 2 devices" in output
+    nearly_same_result(run_dir, whole)
 
 
 def start_workers(start, run_dir, count=2):
@@ -131,11 +149,25 @@ def start_workers(start, run_dir, count=2):
     ]
 
 
-def test_two_workers_train_like_one(start, whole, tmp_path):
-    for worker in start_workers(start, tmp_path / "two"):
-        assert "Training on 2 devices" in finish(worker)
-    nearly_same_result(tmp_path / "two", whole)
-    assert len(list((tmp_path / "two").glob("logs/gan/*"))) == 1  # the chief's
+def test_two_workers_train_like_one(runs, whole):
+    run_dir, outputs = finished(runs, "workers")
+    assert all("Training on 2 devices" in output for output in outputs)
+    nearly_same_result(run_dir, whole)
+    assert len(list(run_dir.glob("logs/gan/*"))) == 1  # the chief's
+
+
+def test_train_both_phases_then_upscale(runs, photos, tmp_path):
+    """From a folder of photos to an image four times larger, with the real networks."""
+    run_dir, (output,) = finished(runs, "real")
+    weights = run_dir / "srgan.weights.h5"
+    assert f"python3 main.py --pretrained --weights {weights}" in output
+    tags = {phase: {tag for tag, _ in points(run_dir / "logs" / phase)} for phase in ("pretrain", "gan")}
+    assert tags["pretrain"] >= {"MSE Loss", "PSNR"} and tags["gan"] >= {"Perceptual Loss", "Discriminator Loss", "PSNR"}
+
+    Image.open(photos / "valid" / "4.png").crop((0, 0, 28, 20)).save(tmp_path / "a.png")
+    argv = ["--pretrained", "--weights", weights, "--input", tmp_path / "a.png", "--output", tmp_path / "b.png"]
+    assert main.main(list(map(str, argv))) == 0
+    assert Image.open(tmp_path / "b.png").size == (112, 80)
 
 
 @pytest.mark.slow

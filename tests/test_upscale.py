@@ -42,16 +42,25 @@ def network():
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """A folder with the weights of a fresh generator, and of one that differs a little."""
+def small_weights(tmp_path_factory):
+    """A folder with the weights of a fresh generator of two blocks, and of one that differs a little."""
     folder = tmp_path_factory.mktemp("weights")
     keras.utils.set_random_seed(0)
-    network = model.generator()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "BLOCKS", 2)
+        network = model.generator()
     network.save_weights(folder / "srgan.weights.h5")
     tail = network.get_layer("tail")
     tail.kernel.assign(0.8 * tail.kernel)
     network.save_weights(folder / "srresnet.weights.h5")
     return folder
+
+
+@pytest.fixture
+def weights(small_weights, monkeypatch):
+    """The same folder; generators have two blocks, which takes a fraction of the time of sixteen."""
+    monkeypatch.setattr(model, "BLOCKS", 2)
+    return small_weights
 
 
 @functools.cache
@@ -167,7 +176,7 @@ def test_grey_areas_stay_grey_and_colours_stay(network):
 
 
 def test_bfloat16_is_close(network):
-    lr = make_image(2, 40, 30)
+    lr = make_image(2, 24, 16)
     mixed = model.generator("bfloat16")
     mixed.set_weights(network.get_weights())
     difference = np.int32(model.make_upscaler(mixed)(lr)) - model.make_upscaler(network)(lr)
@@ -195,7 +204,8 @@ def test_ensemble_is_the_mean_of_eight(network):
     assert_equal_but_for_rounding(model.make_upscaler(network, True, 82, 30)(lr), total / 8)
 
 
-def test_progress_adds_up(network):
+def test_progress_adds_up(weights):
+    network = model.load_generator([weights / "srgan.weights.h5"])
     for ensemble in (False, True):
         done = []
         model.make_upscaler(network, ensemble, 90, 30)(make_image(0, 95, 12), done.append)
@@ -211,7 +221,7 @@ def test_out_of_memory_is_named(network, monkeypatch):
         model.make_upscaler(network)(np.zeros((8, 8, 3), np.uint8))
 
 
-def test_blend_is_between_the_weights(weights, network):
+def test_blend_is_between_the_weights(weights):
     blended, a, b = model.generator(), model.generator(), model.generator()
     model.load_blend(blended, weights / "srresnet.weights.h5", weights / "srgan.weights.h5", 0.25)
     model.load_weights(a, weights / "srresnet.weights.h5")
@@ -392,7 +402,7 @@ def lrs():
     return lrs
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def blended_srs(weights, lrs):
     paths = [weights / "srresnet.weights.h5", weights / "srgan.weights.h5"]
     blended = model.load_generator(paths, 0.25)
@@ -500,10 +510,10 @@ def test_scores_are_written_whole_or_not_at_all(tmp_path, weights, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
-def test_100_megapixels_in_bounded_memory(tmp_path, weights, mode):
+def test_100_megapixels_in_bounded_memory(tmp_path, mode):
     image = Image.fromarray(make_image(0, 500, 500)).resize((2500, 2500)).convert(mode)
     image.save(tmp_path / "a.png")
-    argv = ["--pretrained", "--input", "a.png", "--output", "b.png", "--weights", str(weights / "srgan.weights.h5")]
+    argv = ["--pretrained", "--input", "a.png", "--output", "b.png"]
     code = "import main, sys; from benchmark import peak_memory; print(main.main(sys.argv[1:]), peak_memory())"
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     done = subprocess.run(

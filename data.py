@@ -215,7 +215,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path to write to, and move it to `path` at the end: written whole, or not at all.
 
     The new file takes the mode of the one that it replaces, which must be a regular file. Every error inside becomes an
-    OSError, "can't write PATH: reason". What killed processes left in the folder more than an hour ago is removed.
+    OSError, "can't write PATH: reason". Leftovers of killed processes in the folder are removed after an hour.
     """
     path = Path(path)
     try:
@@ -244,8 +244,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 def degrade(hr: np.ndarray) -> np.ndarray:
     """The 4x bicubic degradation of the benchmarks: `(4h, 4w, 3)` to `(h, w, 3)`.
 
-    Equal to MATLAB's `imresize(hr, 1/4)` more than 4 LR pixels from the edge. MATLAB rounds to uint8 between the
-    vertical pass and the horizontal one, and so do two calls of Pillow, but not one.
+    Equals MATLAB's `imresize(hr, 1/4)`, except within 4 LR pixels of the edge. MATLAB rounds to uint8 between the
+    vertical and the horizontal pass. Two calls of Pillow do the same, one call doesn't.
     """
     height, width = hr.shape[:2]
     if height % SCALE or width % SCALE:
@@ -341,7 +341,7 @@ def download_div2k() -> Path:
 
 
 def download(url, part, size):
-    """Download to `part`, or go on with it, trying again as often as some more arrives. Returns `part`."""
+    """Download to `part`, continuing what is there. Retries are counted anew whenever more arrives. Returns `part`."""
     tries, most = 0, 0
     while (here := part.stat().st_size if part.exists() else 0) < size:
         tries, most = (0 if here > most else tries), max(here, most)
@@ -359,7 +359,7 @@ def download(url, part, size):
             if part.stat().st_size < size:
                 raise OSError("the connection ended early")
         except (OSError, http.client.HTTPException) as error:
-            if tries == len(WAITS) or getattr(error, "code", None) in (401, 403, 404, 410):  # which no retry mends
+            if tries == len(WAITS) or getattr(error, "code", None) in (401, 403, 404, 410):  # retrying won't help
                 hint = f"run the same command again to continue, put the file into {part.parent}, or use --data_dir"
                 raise OSError(f"can't download {url} ({error}): {hint}") from error
             print(f"{url}: {error}; trying again in {WAITS[tries]} s", file=sys.stderr)
@@ -370,9 +370,9 @@ def download(url, part, size):
 
 @contextlib.contextmanager
 def lock(folder: str | Path, wait: bool = True):
-    """Make the folder and keep other processes out of it. Raises OSError if `wait` is False and one is in.
+    """Make the folder and lock it. Raises OSError if `wait` is False and another process holds the lock.
 
-    Of several workers, one downloads or prepares while the others wait. Of two training runs, one has the folder.
+    One worker downloads or prepares while the others wait; a run folder is used by one training at a time.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -448,7 +448,7 @@ def load(data_dir: str | Path | None = None) -> tuple[PreparedImages, PreparedIm
         return images, prepare(folder / valid)
     if len(images) < 2:
         raise ValueError(f"{folder} needs at least 2 usable images, one of them for validation, but has {len(images)}")
-    # The names alone decide which 3 %, 1 to 10, are for validation: an added image moves no other.
+    # A hash of the name decides which 3 %, 1 to 10, are for validation: adding an image moves at most one other.
     pairs = sorted(zip(images.names, images.paths), key=lambda pair: hashlib.sha256(os.fsencode(pair[0])).digest())
     count = min(max(len(images) * 3 // 100, 1), 10)
     return PreparedImages(dict(sorted(pairs[count:]))), PreparedImages(dict(sorted(pairs[:count])))
@@ -457,7 +457,7 @@ def load(data_dir: str | Path | None = None) -> tuple[PreparedImages, PreparedIm
 def prepare(folder: str | Path) -> PreparedImages:
     """Decode and degrade the images of a folder, except those that are prepared already.
 
-    Names each image that can't be used in one line on stderr. Raises ValueError if none can, OSError if they can't be
+    Prints a line on stderr for each unusable image. Raises ValueError if none is usable, OSError if they can't be
     stored.
     """
     place = str(Path(folder).resolve())
@@ -486,7 +486,7 @@ def prepare(folder: str | Path) -> PreparedImages:
         print(f"left out: {line}", file=sys.stderr)
     prepared = {path.name: target for path, target in targets.items() if target.exists()}
     if not prepared:
-        raise ValueError(f"{folder} has no usable images, of {len(targets)}: they need {HR_PATCH}x{HR_PATCH} pixels")
+        raise ValueError(f"{folder} has no usable images (of {len(targets)}): each needs {HR_PATCH}x{HR_PATCH} pixels")
     return PreparedImages(prepared)
 
 
@@ -506,7 +506,7 @@ def prepare_image(path, target):
 
 # ------------------------------------------------------------------------------------------------------------ patches
 
-VISIT_PIXELS = 400 * 400  # an epoch visits an image once for each of these parts of its area
+VISIT_PIXELS = 400 * 400  # an epoch visits an image once per this many HR pixels
 
 
 def patches(
@@ -572,7 +572,7 @@ def turn(patch, way, out):
 
 
 def jpeg_patch(lr, y, x, quality):
-    """`lr[y, x]` as if the whole image had been saved as JPEG: the blocks of 16 don't begin at the patch."""
+    """`lr[y, x]` as if the whole image had been saved as JPEG, whose 16x16 blocks are not aligned with the patch."""
     above, left = y.start % 16, x.start % 16
     around = lr[y.start - above :, x.start - left :][:48, :48]
     Image.fromarray(around).save(file := io.BytesIO(), "JPEG", quality=quality)

@@ -1,4 +1,4 @@
-"""What SRGAN is trained on and measured by: the losses of Ledig et al. 2017, section 2.2, and PSNR and SSIM.
+"""The losses of Ledig et al. 2017, section 2.2, with two more, and the metrics PSNR and SSIM.
 
 Losses take batches of RGB images, `(batch, height, width, 3)` float32 from 0 to 255, or discriminator logits, and
 return a scalar. Metrics take two images, `(height, width, 3)` uint8.
@@ -92,22 +92,22 @@ def discriminator_loss(logits_hr, logits_sr):
     return tf.reduce_mean(tf.nn.softplus(-logits_hr)) + tf.reduce_mean(tf.nn.softplus(logits_sr))
 
 
-# From RGB to luma, the mean of the three, and two chroma axes at right angles to it, 0 where they are equal.
-LUMA_CHROMA = np.array([[2, 2, 2], [6**0.5, -(6**0.5), 0], [2**0.5, 2**0.5, -2 * 2**0.5]], np.float32).T / 6
+# From RGB to brightness, their mean, and two chroma axes orthogonal to it, 0 for grey.
+BRIGHTNESS_CHROMA = np.array([[2, 2, 2], [6**0.5, -(6**0.5), 0], [2**0.5, 2**0.5, -2 * 2**0.5]], np.float32).T / 6
 
 
 def colour_loss(hr, sr):
-    """Errors of colour, on the range of equation 4: those of chroma at each pixel, and those of mean luma.
+    """Squared errors of chroma and of mean brightness, in the units of `mse_loss`.
 
-    Not in the paper. VGG's features hardly see them. Chroma keeps grey areas grey. The mean luma of the 4x4 pixels that
-    are one in LR keeps images from turning darker; that of each of the 16 places in such a block, all over the patch,
-    keeps a grid of 4 pixels out.
+    Not in the paper: VGG's features hardly see them. The chroma of each pixel keeps grey areas grey. The mean
+    brightness of each 4x4 block, one pixel of LR, keeps images from turning darker; its mean over the patch at each of
+    the 16 positions in a block keeps out a grid of 4 pixels.
     """
-    difference = tf.tensordot((hr - sr) / 127.5, LUMA_CHROMA, 1)
-    luma, chroma = difference[..., :1], difference[..., 1:]
-    luma = tf.nn.space_to_depth(luma, 4)  # (batch, h, w, 16)
-    blocks, places = (tf.reduce_mean(tf.square(tf.reduce_mean(luma, axes))) for axes in (3, (1, 2)))
-    return blocks + 10 * (tf.reduce_mean(tf.square(chroma)) + places)
+    difference = tf.tensordot((hr - sr) / 127.5, BRIGHTNESS_CHROMA, 1)
+    brightness, chroma = difference[..., :1], difference[..., 1:]
+    brightness = tf.nn.space_to_depth(brightness, 4)  # (batch, h, w, 16)
+    blocks, positions = (tf.reduce_mean(tf.square(tf.reduce_mean(brightness, axes))) for axes in (3, (1, 2)))
+    return blocks + 10 * (tf.reduce_mean(tf.square(chroma)) + positions)
 
 
 def artifact_loss(hr, sr):

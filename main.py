@@ -31,7 +31,7 @@ MODES = {
 }
 NOT_IN_TRAINING = set.union(*MODES.values()) - {"--weights", "--precision"}
 
-# What must stay the same when a run is resumed, and what once the GAN has begun.
+# Options that can't change when a run is resumed, and those that can't once the GAN has begun.
 KEPT_OPTIONS = ("BATCH_SIZE", "data_dir", "weights", "precision", "ema", "jpeg", "seed")
 KEPT_BY_GAN = ("PREGENSTEPS", "vgg_layer")
 
@@ -118,9 +118,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if getattr(args, flag[2:], None) == "":
             parser.error(f"{flag} is empty")
         if modes and flag not in MODES[modes[0]] | {modes[0]}:
-            parser.error(f"{flag} doesn't go with {modes[0]}")
+            parser.error(f"{flag} can't be used with {modes[0]}")
         if not modes and flag in NOT_IN_TRAINING:
-            parser.error(f"{flag} goes with {' or '.join(mode for mode in MODES if flag in MODES[mode])}")
+            parser.error(f"{flag} needs {' or '.join(mode for mode in MODES if flag in MODES[mode])}")
     if not modes and not args.STEPS and not args.PREGENSTEPS:
         parser.error("--STEPS 0 and --PREGENSTEPS 0: nothing to train")
     return args
@@ -136,7 +136,7 @@ def must_exist(path: str | Path, what: str, kind: Callable = Path.is_file) -> Pa
 
 
 def must_be_writable(path: Path) -> None:
-    """`path` can become a file, with the folders that are missing."""
+    """Raise OSError if the file `path`, with any missing folders above it, can't be written."""
     if path.exists() and not path.is_file():
         raise OSError(f"can't write {path}: it is {'a folder' if path.is_dir() else 'not a regular file'}")
     above = next(folder for folder in path.absolute().parents if folder.exists())
@@ -151,7 +151,7 @@ def find_weights(args: argparse.Namespace) -> list[Path]:
         raise ValueError(f"the name of a weights file must end in .weights.h5, got {weights}")
     if args.blend is None:
         return [weights]
-    srresnet = must_exist(weights.with_name(RESULTS[0]), "weights file, which --blend mixes in")
+    srresnet = must_exist(weights.with_name(RESULTS[0]), "weights file, needed by --blend")
     if srresnet.samefile(weights):
         raise ValueError(f"--blend mixes {srresnet} with SRGAN's weights: give those as --weights")
     return [srresnet, weights]
@@ -178,19 +178,19 @@ def find_jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
         raise ValueError(f"no images in {source}: supported are {' '.join(sorted(data.SUFFIXES))}")
     # GIF has too few colours: a.gif becomes a.gif.png.
     jobs = [(image, target / (image.name + ".png" * (image.suffix.lower() == ".gif"))) for image in images]
-    if len(dict(map(reversed, jobs))) < len(jobs):
+    if len({target for _, target in jobs}) < len(jobs):
         raise ValueError(f"{source} holds a GIF and its PNG, NAME.gif and NAME.gif.png: rename one of them")
     return jobs
 
 
-def find_pairs(folder: str, scores: str | None) -> list[tuple[str, Path, Path | None]]:
+def find_pairs(folder: str, json_file: str | None) -> list[tuple[str, Path, Path | None]]:
     """The images to score, as `data.scoring_pairs`."""
     import data
 
-    if scores:
-        must_be_writable(Path(scores))
-        if not scores.endswith(".json"):
-            raise ValueError(f"the name of the --json file must end in .json, got {scores}")
+    if json_file:
+        must_be_writable(Path(json_file))
+        if not json_file.endswith(".json"):
+            raise ValueError(f"the name of the --json file must end in .json, got {json_file}")
     return data.scoring_pairs(must_exist(folder, "folder", Path.is_dir))
 
 
@@ -202,7 +202,7 @@ def check_export(target: Path) -> None:
     must_be_writable(target / "saved_model.pb")
     names = {path.name for path in target.iterdir()} if target.exists() else set()
     if names and not {"saved_model.pb"} <= names <= {"saved_model.pb", "fingerprint.pb", "assets", "variables"}:
-        raise ValueError(f"--export {target} is a folder that holds something other than a SavedModel")
+        raise ValueError(f"--export {target} is a folder with files that are not a SavedModel's: give another name")
 
 
 def check_training(args: argparse.Namespace) -> None:
@@ -217,13 +217,13 @@ def check_training(args: argparse.Namespace) -> None:
     if args.weights:
         find_weights(args)
     elif not args.PREGENSTEPS:
-        what = "SRResNet to start the GAN from (give --weights, or --PREGENSTEPS above 0)"
+        what = "weights file to start the GAN from (give --weights, or --PREGENSTEPS above 0)"
         must_exist(Path(args.run_dir) / RESULTS[0], what)
     check_resuming(Path(args.run_dir), args)
 
 
 def check_resuming(run_dir: Path, args: argparse.Namespace) -> None:
-    """A run that has checkpoints was started with the same options."""
+    """Raise ValueError if the run has checkpoints but was started with other options."""
     file, checkpoints = run_dir / "options.json", run_dir / "checkpoints"
     if not any(checkpoints.glob("*-*[0-9]")) or not file.exists():
         return
@@ -405,7 +405,7 @@ def main(argv: list[str] | None = None) -> int:
             task = partial(export, args, find_weights(args))
         else:
             check_training(args)
-            # Off by default without AVX-512, where it makes training 1.8 times as fast, but upscaling much slower.
+            # oneDNN: off by default without AVX-512. There it makes training 1.8 times as fast, but upscaling slower.
             os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
             task = partial(train, args)
         code = 1

@@ -73,13 +73,13 @@ def check_same_step(step: int):
 def compiled(step: Callable, xla: bool | None = None) -> Callable:
     """Compile `step(lr, hr) -> dict of scalars` into one function of a uint8 batch, on all devices.
 
-    `xla=None`: on one GPU. XLA doesn't work with tf.distribute, and on a CPU oneDNN's kernels in a plain graph are
-    faster.
+    `xla=None`: only on a single GPU. XLA doesn't work with tf.distribute, and on a CPU oneDNN's kernels in a plain
+    graph are faster.
     """
     if xla is None:
         xla = bool(tf.config.list_physical_devices("GPU"))
     # A gradient is a sum over the uses of a tensor. TensorFlow adds three or more terms in an order that depends on
-    # timing, and its arithmetic optimizer merges nested sums of two into one of three. Without it, where no tensor is
+    # timing, and its arithmetic optimizer merges nested sums of two into one of three. With that off, and no tensor
     # used more than twice, equal runs end with equal bits.
     tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
 
@@ -123,7 +123,7 @@ def make_gan_step(generator, discriminator, vgg, optimizer, discriminator_optimi
         features_hr = vgg(hr, training=False)
         with tf.GradientTape() as generator_tape, tf.GradientTape() as discriminator_tape:
             sr = generator(lr, training=True)
-            sr_copy = tf.identity(sr)  # two uses of each, not one tensor of four: see `compiled`
+            sr_copy = tf.identity(sr)  # so that no tensor is used more than twice: see `compiled`
             sr_copy_2 = tf.identity(sr_copy)
             logits_hr = discriminator(hr, training=True)
             logits_sr = discriminator(sr_copy, training=True)
@@ -154,7 +154,7 @@ def make_gan_step(generator, discriminator, vgg, optimizer, discriminator_optimi
 def make_schedule(name: str, learning_rate: float, steps: int, drop: bool = False):
     """The learning rate over the steps. `drop` marks the GAN, whose second half the paper trains at a tenth.
 
-    A constant rate is a schedule, too: a number would be restored with a checkpoint, and a new rate be ignored.
+    A constant rate is a schedule, too: a checkpoint would overwrite a plain number, and so a new rate.
     """
     if name == "cosine":
         return keras.optimizers.schedules.CosineDecay(learning_rate, max(1, steps))
@@ -224,7 +224,7 @@ def validation_pairs(images) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def make_validation(average, pairs, vgg=None) -> Callable:
-    """Returns `validate() -> (scalars, first SR)` of the generator that `average` returns, always the same one.
+    """Returns `validate() -> (scalars, first SR)` of the generator that `average` returns, the same object each time.
 
     The scalars are the mean PSNR in dB and, with `vgg`, the mean content loss.
     """
@@ -307,7 +307,7 @@ class Checkpoints:
             except (tf.errors.OpError, AssertionError, OSError, ValueError, IndexError) as error:
                 print(f"Warning: the checkpoint {path} is damaged ({type(error).__name__})", file=sys.stderr)
         if paths:
-            raise OSError(f"no checkpoint in {self.folder} is intact: remove the folder to start over")
+            raise OSError(f"no intact checkpoint among {self.folder / self.name}-*: remove them to restart this phase")
         return 0
 
     def check_finite(self, step: int, scalars: dict, weights: bool):
@@ -321,7 +321,7 @@ class Checkpoints:
 
 
 def open_logs(folder: Path, step: int):
-    """TensorBoard's writer in `folder`, for a run that continues after `step`: later points are drawn again."""
+    """TensorBoard's writer in `folder`, for a run that continues after `step`: later points are removed."""
     with writing("TensorBoard's logs"):
         for path in sorted(folder.glob("events.out.tfevents.*")):
             new = folder / "rewinding"  # a name that TensorBoard doesn't read
@@ -473,8 +473,8 @@ def fit(phase: Phase, weights: Path, images, pairs, args):
                 log(writer, step, scalars)
                 won = won + 1 if scalars.get("D(HR)", 0) > 0.95 and scalars["D(SR)"] < 0.05 else 0
                 if won == WON_AFTER:
-                    warning = "the discriminator tells all images apart: try a lower --lr_gen, or more --PREGENSTEPS"
-                    bar.write(f"Warning: {warning}", file=sys.stderr)
+                    hint = "try a lower --lr_gen, or more --PREGENSTEPS in a new --run_dir"
+                    bar.write(f"Warning: the discriminator tells all images apart: {hint}", file=sys.stderr)
             if first:
                 bar.write(f"{name}: compiled, with the first step, in {time.perf_counter() - clock:.1f} s")
                 bar.unpause()  # so that the time left doesn't count the compiling
@@ -505,18 +505,18 @@ def fit(phase: Phase, weights: Path, images, pairs, args):
     if chief and start >= steps:  # the run was finished, and its weights are gone
         save_weights(average(), weights)
     check_same_step(steps)  # waits until the weights are there
-    print(f"Upscale with it: python3 main.py --pretrained --weights {weights}")
+    print(f"To upscale: python3 main.py --pretrained --weights {weights}")
 
 
 def train(args):
     """Train SRResNet and then SRGAN on all devices, as `args` (the flags of main.py) say.
 
-    Whatever could fail later is tried before the first step. Raises as `fit`, and ValueError and MemoryError.
+    Whatever could fail later is tried before the first step. Raises what `fit` raises, ValueError and MemoryError.
     """
     strategy, run_dir = make_strategy(), Path(args.run_dir)
     devices = strategy.num_replicas_in_sync
     if args.BATCH_SIZE % devices:
-        raise ValueError(f"--BATCH_SIZE {args.BATCH_SIZE} can't be shared equally by {devices} devices")
+        raise ValueError(f"--BATCH_SIZE {args.BATCH_SIZE} must be a multiple of the number of devices, {devices}")
     if devices > 1:
         print(f"Training on {devices} devices")
     (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)

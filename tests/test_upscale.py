@@ -287,7 +287,7 @@ def places(tmp_path, weights, monkeypatch):
         ("--evaluate folder --json folder/a.png", "must end in .json"),
         ("--input fifo.jpg --output b.png", "fifo.jpg: it is not a regular file"),
         ("--input a.png --output b.png --blend 0.5 --weights srresnet.weights.h5", "--blend mixes"),
-        ("--export folder", "holds something other than a SavedModel"),
+        ("--export folder", "with files that are not a SavedModel"),
         ("--export a.png", "a.png is read-only or not a folder"),
         ("--export folder.tflite", "it is a folder"),
     ],

@@ -248,19 +248,14 @@ def degrade(hr: np.ndarray) -> np.ndarray:
     vertical and the horizontal pass. Two calls of Pillow do the same, one call doesn't.
     """
     height, width = hr.shape[:2]
-    if height % SCALE or width % SCALE:
-        raise ValueError(f"an image to degrade needs sides that are multiples of {SCALE}, got {width}x{height}")
     image = Image.fromarray(hr).resize((width, height // SCALE), Image.Resampling.BICUBIC)
     return np.asarray(image.resize((width // SCALE, height // SCALE), Image.Resampling.BICUBIC))
 
 
 def bicubic(lr: np.ndarray) -> np.ndarray:
-    """The 4x bicubic interpolation that every result is compared with: `(h, w, 3)` to `(4h, 4w, 3)`."""
+    """The 4x bicubic interpolation: `(h, w, 3)` to `(4h, 4w, 3)`; also of alpha, `(h, w)` uint8 or uint16."""
     height, width = lr.shape[:2]
     return np.asarray(Image.fromarray(lr).resize((width * SCALE, height * SCALE), Image.Resampling.BICUBIC))
-
-
-enlarge_alpha = bicubic  # `(h, w)` to `(4h, 4w)`, uint8 or uint16
 
 
 def scoring_pairs(folder: str | Path) -> list[tuple[str, Path, Path | None]]:
@@ -509,9 +504,7 @@ def prepare_image(path, target):
 VISIT_PIXELS = 400 * 400  # an epoch visits an image once per this many HR pixels
 
 
-def patches(
-    images: PreparedImages, batch_size: int, first_step: int, last_step: int, seed: int, jpeg=None, part=0, parts=1
-):
+def patches(images: PreparedImages, batch_size: int, first_step: int, last_step: int, seed: int, jpeg=None):
     """The batches of the steps after `first_step` up to `last_step`: LR `(n, 24, 24, 3)` and HR `(n, 96, 96, 3)`.
 
     They depend on `seed`, `batch_size` and the step alone, so a continued run has no state to restore. An epoch visits
@@ -519,16 +512,12 @@ def patches(
 
     Args:
         jpeg: qualities to compress half of the LR patches with, as "70-95". None: no compression.
-        part, parts: which of the equal slices of every batch to take, with several workers.
 
     Returns:
         A `tf.data.Dataset` of pairs, uint8.
     """
     import tensorflow as tf
 
-    if batch_size % parts or not 0 <= part < parts:
-        raise ValueError(f"a batch of {batch_size} can't be divided equally between {parts} workers (part {part})")
-    share = batch_size // parts
     low, high = map(int, jpeg.split("-")) if jpeg else (0, 0)
     counts = np.maximum(images.sizes.prod(axis=1) * SCALE**2 // VISIT_PIXELS, 1)
     visits = np.repeat(np.arange(len(images)), counts)
@@ -538,27 +527,26 @@ def patches(
         return np.random.default_rng([seed, 0, epoch]).permutation(visits)
 
     def batch(step):
-        # Drawn for the whole batch, so that a sample is the same however many workers share it.
         numbers = np.arange(batch_size) + (step - 1) * batch_size
         chosen = np.array([order(epoch)[visit] for epoch, visit in zip(*divmod(numbers, len(visits)))])
         rng = np.random.default_rng([seed, 1, step])
         tops, lefts = rng.integers(0, images.sizes[chosen].T - LR_PATCH, endpoint=True)
         ways = rng.integers(0, 8, batch_size)
         qualities = rng.integers(0, 2, batch_size) * rng.integers(low, high, batch_size, endpoint=True)
-        tops, lefts, ways, qualities = (values.tolist() for values in (tops, lefts, ways, qualities))  # faster to index
-        lrs = np.empty((share, LR_PATCH, LR_PATCH, 3), np.uint8)
-        hrs = np.empty((share, HR_PATCH, HR_PATCH, 3), np.uint8)
-        for lr_out, hr_out, i in zip(lrs, hrs, range(part * share, (part + 1) * share)):
-            (lr, hr), top, left = images[chosen[i]], tops[i], lefts[i]
+        samples = np.stack([chosen, tops, lefts, ways, qualities], axis=1).tolist()
+        lrs = np.empty((batch_size, LR_PATCH, LR_PATCH, 3), np.uint8)
+        hrs = np.empty((batch_size, HR_PATCH, HR_PATCH, 3), np.uint8)
+        for lr_out, hr_out, (i, top, left, way, quality) in zip(lrs, hrs, samples):
+            lr, hr = images[i]
             y, x = slice(top, top + LR_PATCH), slice(left, left + LR_PATCH)
-            turn(jpeg_patch(lr, y, x, qualities[i]) if qualities[i] else lr[y, x], ways[i], lr_out)
+            turn(jpeg_patch(lr, y, x, quality) if quality else lr[y, x], way, lr_out)
             top, left = SCALE * top, SCALE * left
-            turn(hr[top : top + HR_PATCH, left : left + HR_PATCH], ways[i], hr_out)
+            turn(hr[top : top + HR_PATCH, left : left + HR_PATCH], way, hr_out)
         return lrs, hrs
 
     def with_shapes(step):
         lr, hr = tf.numpy_function(batch, [step], [tf.uint8, tf.uint8], stateful=False)
-        return tf.reshape(lr, (share, LR_PATCH, LR_PATCH, 3)), tf.reshape(hr, (share, HR_PATCH, HR_PATCH, 3))
+        return tf.reshape(lr, (batch_size, LR_PATCH, LR_PATCH, 3)), tf.reshape(hr, (batch_size, HR_PATCH, HR_PATCH, 3))
 
     steps = tf.data.Dataset.range(first_step + 1, last_step + 1)
     return steps.map(with_shapes, num_parallel_calls=2, deterministic=True).prefetch(4)

@@ -272,7 +272,7 @@ def upscale_image(upscaler: Callable, source: Path, target: Path) -> str:
     data.check_output(target, width, height)
     if image.alpha is not None:
         image.pixels = data.spread_colours(image.pixels, image.alpha)
-        image.alpha = data.enlarge_alpha(image.alpha)
+        image.alpha = data.bicubic(image.alpha)
     size = {"total": height * width, "unit": "px", "unit_scale": True}
     with tqdm(desc=source.name, **size, leave=False, delay=3, disable=None) as bar:
         image.pixels = upscaler(image.pixels, bar.update)
@@ -348,10 +348,9 @@ class Stream(io.FileIO):
     """Standard output or error: if nobody reads it (any more), the work goes on."""
 
     def write(self, text):
-        try:
+        with contextlib.suppress(OSError):
             return super().write(text)
-        except OSError:
-            return len(text)
+        return len(text)
 
 
 def open_streams() -> None:

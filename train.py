@@ -59,12 +59,11 @@ def check_same_step(step: int):
     strategy = tf.distribute.get_strategy()
 
     @tf.function
-    def total():
-        return strategy.run(lambda: tf.distribute.get_replica_context().all_reduce("SUM", tf.constant(float(step))))
+    def mean():
+        return strategy.reduce("MEAN", strategy.run(lambda: tf.constant(step, tf.float64)), axis=None)
 
-    for part in strategy.experimental_local_results(total()):
-        if float(part) != step * strategy.num_replicas_in_sync:
-            raise ValueError("the workers see different checkpoints: --run_dir must be a folder that all of them share")
+    if float(mean()) != step:
+        raise ValueError("the workers see different checkpoints: --run_dir must be a folder that all of them share")
 
 
 # --------------------------------------------------------------------------------------------------------- the steps
@@ -391,17 +390,6 @@ def train_gan(args, generator, vgg) -> Phase:
     return Phase("gan", args.STEPS, make_gan_step(vgg=vgg, **state), state, args.seed + 1, vgg)
 
 
-def make_batches(images, batch_size: int, first: int, last: int, seed: int, jpeg):
-    """The batches of the steps after `first` up to `last`, `(lr, hr)`, shared between all devices."""
-
-    def share(worker):
-        part, parts = worker.input_pipeline_id, worker.num_input_pipelines
-        patches = data.patches(images, batch_size, first, last, seed, jpeg, part, parts)
-        return patches.rebatch(worker.get_per_replica_batch_size(batch_size), drop_remainder=True)
-
-    return tf.distribute.get_strategy().distribute_datasets_from_function(share)
-
-
 @contextlib.contextmanager
 def catch_signals():
     """Yields a list that gets the first SIGINT or SIGTERM. A second one ends the program at once."""
@@ -454,7 +442,8 @@ def fit(phase: Phase, weights: Path, images, pairs, args):
     clock = saved = time.perf_counter()
     won = 0  # points in a row at which the discriminator made no mistake
     bar = tqdm(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True)
-    batches = make_batches(images, args.BATCH_SIZE, start, steps, phase.seed, args.jpeg)
+    batches = data.patches(images, args.BATCH_SIZE, start, steps, phase.seed, args.jpeg)
+    batches = tf.distribute.get_strategy().experimental_distribute_dataset(batches)  # an equal share for each device
     with bar, catch_signals() as signals:
         for step, (lr, hr) in enumerate(batches, start + 1):
             # Step.

@@ -400,9 +400,9 @@ def test_importing_data_leaves_tensorflow_alone():
 
 
 def test_patches_have_static_shapes_and_stay_uint8(images):
-    dataset = data.patches(images, 6, 0, 3, seed=0, part=1, parts=2)
+    dataset = data.patches(images, 6, 0, 3, seed=0)
     lr, hr = dataset.element_spec
-    assert (lr.shape, hr.shape) == ((3, 24, 24, 3), (3, 96, 96, 3))
+    assert (lr.shape, hr.shape) == ((6, 24, 24, 3), (6, 96, 96, 3))
     assert lr.dtype == hr.dtype == "uint8"
     assert len(list(dataset)) == 3 and not list(data.patches(images, 6, 3, 3, seed=0))
 
@@ -413,15 +413,6 @@ def test_a_batch_depends_on_seed_and_step_alone(images):
     assert same(whole[7:], batches(images, 4, 7, 12, seed=5))
     assert not any(same([one], [other]) for one, other in zip(whole, batches(images, 4, 0, 12, seed=6)))
     assert not any(same([one], [other]) for one, other in zip(whole, whole[1:]))
-
-
-def test_workers_share_a_batch(images):
-    whole = batches(images, 12, 0, 3, seed=5, jpeg="30-90")
-    parts = [batches(images, 12, 0, 3, seed=5, jpeg="30-90", part=part, parts=3) for part in range(3)]
-    assert same(whole, [[np.concatenate(some) for some in zip(*step)] for step in zip(*parts)])
-    for part, count in ((0, 5), (3, 3)):
-        with pytest.raises(ValueError, match="divided equally"):
-            data.patches(images, 12, 0, 3, seed=5, part=part, parts=count)
 
 
 def test_an_epoch_visits_each_image_once_for_each_part_of_its_area(tmp_path, monkeypatch):

@@ -138,7 +138,7 @@ def test_every_kind_into_every_format(tmp_path, kind, suffix):
         expected = nearest(image.pixels)
         assert np.array_equal(made.pixels, expected if stays_deep or not deep else data.to_8_bit(expected))
     if made.alpha is not None:
-        expected = data.enlarge_alpha(image.alpha)
+        expected = data.bicubic(image.alpha)
         assert np.array_equal(made.alpha, expected if stays_deep or not deep else data.to_8_bit(expected))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([source.name, target.name])
 

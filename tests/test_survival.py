@@ -42,7 +42,7 @@ def start(photos, tmp_path_factory):
         process.output.close()
 
 
-def finish(process, code=0, timeout=200):
+def finish(process, code=0, timeout=600):
     """Wait for the process to end with this exit code. Returns its output."""
     returned = process.wait(timeout)
     process.output.seek(0)

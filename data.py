@@ -248,6 +248,8 @@ def degrade(hr: np.ndarray) -> np.ndarray:
     vertical and the horizontal pass. Two calls of Pillow do the same, one call doesn't.
     """
     height, width = hr.shape[:2]
+    if height % SCALE or width % SCALE:
+        raise ValueError(f"an image to degrade needs sides that are multiples of {SCALE}, got {width}x{height}")
     image = Image.fromarray(hr).resize((width, height // SCALE), Image.Resampling.BICUBIC)
     return np.asarray(image.resize((width // SCALE, height // SCALE), Image.Resampling.BICUBIC))
 

@@ -404,7 +404,7 @@ def main(argv: list[str] | None = None) -> int:
             task = partial(export, args, find_weights(args))
         else:
             check_training(args)
-            # oneDNN: off by default without AVX-512. There it makes training 1.8 times as fast, but upscaling slower.
+            # oneDNN: off by default without AVX-512. There it speeds up training 1.8 times, but slows upscaling a lot.
             os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
             task = partial(train, args)
         code = 1

@@ -215,7 +215,7 @@ def load_generator(paths: list[Path], blend: float | None = None, precision: str
 
 
 def load_blend(network: keras.Model, srresnet: str | Path, srgan: str | Path, amount: float) -> None:
-    """Load weights between those of two files: 0 is all SRResNet, 1 all SRGAN. Raises ValueError."""
+    """Load weights between those of two files: with `amount` 0 SRResNet's, with 1 SRGAN's. Raises ValueError."""
     load_weights(network, srresnet)
     start = network.get_weights()
     load_weights(network, srgan)
@@ -226,7 +226,7 @@ def load_blend(network: keras.Model, srresnet: str | Path, srgan: str | Path, am
 
 # How far a value reaches, in LR pixels: 4 + 32 + 1 in the trunk's convolutions, 1 + 1/2 + 1 in the tail's (and 3 in
 # `LocalLimits`).
-TRUNK_HALO, TAIL_HALO = 37, 3
+TRUNK_HALO, TAIL_HALO = 4 + 2 * BLOCKS + 1, 3
 
 
 def cover(length: int, tile: int, halo: int) -> list[tuple[int, int, int, int]]:

@@ -153,7 +153,7 @@ def make_gan_step(generator, discriminator, vgg, optimizer, discriminator_optimi
 def make_schedule(name: str, learning_rate: float, steps: int, drop: bool = False):
     """The learning rate over the steps. `drop` marks the GAN, whose second half the paper trains at a tenth.
 
-    A constant rate is a schedule, too: a checkpoint would overwrite a plain number, and so a new rate.
+    A constant rate is a schedule, too: as a plain number, a checkpoint's rate would replace a new one.
     """
     if name == "cosine":
         return keras.optimizers.schedules.CosineDecay(learning_rate, max(1, steps))

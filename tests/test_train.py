@@ -199,7 +199,7 @@ def same_result(run, other):
         assert points(run / "logs" / phase) == points(other / "logs" / phase)
 
 
-@pytest.mark.parametrize("ema, cut_off_after", [("0", (7,)), ("0.9", (12 + 2, 12 + 7))])
+@pytest.mark.parametrize("ema, cut_off_after", [("0", (7,)), ("0.9", (5, 12 + 2, 12 + 7))])
 def test_a_run_that_was_cut_off_ends_like_one_that_was_not(
     tiny_networks, photos, tmp_path, monkeypatch, cut_off_after, ema
 ):

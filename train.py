@@ -91,7 +91,7 @@ def compiled(step: Callable, xla: bool | None = None) -> Callable:
         scalars = strategy.run(cast, (lr, hr))
         return {name: strategy.reduce("MEAN", value, axis=None) for name, value in scalars.items()}
 
-    return tf.function(everywhere, jit_compile=xla and not tf.distribute.has_strategy())
+    return tf.function(everywhere, autograph=False, jit_compile=xla and not tf.distribute.has_strategy())
 
 
 def update(network, optimizer, tape, loss):
@@ -319,17 +319,12 @@ class Checkpoints:
             )
 
 
-def open_logs(folder: Path, step: int):
-    """TensorBoard's writer in `folder`, for a run that continues after `step`: later points are removed."""
+def open_logs(folder: Path, first: int):
+    """TensorBoard's writer in `folder`. TensorBoard drops the points of an earlier writer from step `first` on."""
+    start = tf.compat.v1.SessionLog(status=tf.compat.v1.SessionLog.START)
     with writing("TensorBoard's logs"):
-        for path in sorted(folder.glob("events.out.tfevents.*")):
-            new = folder / "rewinding"  # a name that TensorBoard doesn't read
-            with tf.io.TFRecordWriter(str(new)) as events:
-                with contextlib.suppress(tf.errors.DataLossError):  # torn by a kill
-                    for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
-                        if tf.compat.v1.Event.FromString(record).step <= (step or -1):
-                            events.write(record)
-            os.replace(new, path)
+        with tf.Graph().as_default(), tf.compat.v1.summary.FileWriter(str(folder)) as session:
+            session.add_session_log(start, first)
         writer = tf.summary.create_file_writer(str(folder))
         writer.init()
     return writer
@@ -431,7 +426,7 @@ def fit(phase: Phase, weights: Path, images, pairs, args):
         log(writer, step, scalars, SR=sr)
         status["PSNR"] = f"{scalars['PSNR']:.2f}"
 
-    writer = open_logs(run_dir / "logs" / name, start) if chief else None
+    writer = open_logs(run_dir / "logs" / name, start and start + 1) if chief else None
     if start:
         print(f"{name}: continuing after step {start}")
     elif chief:

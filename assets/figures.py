@@ -165,7 +165,7 @@ def architecture(path):
 
 def read(logs):
     """Read TensorBoard's points in a folder: `{tag: [(step, value), ...]}`. A value is a float or an encoded image."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
     from tensorboard.util import tensor_util
 
     if not logs.is_dir():

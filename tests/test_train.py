@@ -4,6 +4,7 @@ import argparse
 import os
 import shutil
 import signal
+import time
 from types import SimpleNamespace
 
 import h5py
@@ -13,6 +14,7 @@ import pytest
 import tensorflow as tf
 import tiny
 from conftest import make_image
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
 import data
 import losses
@@ -167,15 +169,15 @@ def test_validation_looks_at_fixed_aligned_crops(photos, monkeypatch, tmp_path):
 
 
 def points(logs):
-    """{(tag, step): value or True} of TensorBoard's files; fails on a point that stands there twice."""
+    """{(tag, step): value or True} of what TensorBoard shows; fails on a point that stands there twice."""
+    events = EventAccumulator(str(logs), size_guidance={"tensors": 0})  # 0: all of them
+    events.Reload()
     found = {}
-    for path in logs.glob("events*"):
-        for record in tf.data.TFRecordDataset(str(path)):
-            event = tf.compat.v1.Event.FromString(record.numpy())
-            for value in event.summary.value:
-                assert (value.tag, event.step) not in found, "a point is drawn twice"
-                tensor = tf.make_ndarray(value.tensor)
-                found[value.tag, event.step] = float(tensor) if tensor.shape == () else True
+    for tag in events.Tags()["tensors"]:
+        for event in events.Tensors(tag):
+            assert (tag, event.step) not in found, "a point is drawn twice"
+            tensor = tf.make_ndarray(event.tensor_proto)
+            found[tag, event.step] = float(tensor) if tensor.shape == () else True
     return found
 
 
@@ -233,6 +235,7 @@ def test_a_run_that_was_cut_off_ends_like_one_that_was_not(
             monkeypatch.setattr(train, name, dying(make, done))
         with pytest.raises(Killed):
             train.train(flags(photos, cut, "--ema", ema))
+        time.sleep(1)  # TensorBoard reads the logs in the order of the seconds in which they were begun
     for name, make in makers.items():
         monkeypatch.setattr(train, name, make)
     train.train(flags(photos, cut, "--ema", ema))

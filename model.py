@@ -314,9 +314,9 @@ def make_upscaler(
     tail = keras.Model(trunk.output, model.output)
     limits = LocalLimits()
     specs = [tf.TensorSpec((1, *part.input.shape[1:]), part.input.dtype) for part in (trunk, tail)]
-    # Traced once for all sizes.
-    run_trunk = tf.function(partial(trunk, training=False), input_signature=specs[:1])
-    run_tail = tf.function(lambda x, lr: limits(tail(x, training=False), lr), input_signature=specs[::-1])
+    function = partial(tf.function, autograph=False)  # which would take as long as all the rest of the tracing
+    run_trunk = function(partial(trunk, training=False), input_signature=specs[:1])  # traced once for all sizes
+    run_tail = function(lambda x, lr: limits(tail(x, training=False), lr), input_signature=specs[::-1])
 
     def run(lr, keep, done):
         """The part `keep` of the tile `lr`, `(h, w, 3)` float32, four times larger; the rest of it is context."""

@@ -229,7 +229,7 @@ def make_validation(average, pairs, vgg=None) -> Callable:
     """
     generator = average()
 
-    @tf.function(input_signature=[tf.TensorSpec((1, None, None, 3), tf.uint8)] * 2)
+    @tf.function(autograph=False, input_signature=[tf.TensorSpec((1, None, None, 3), tf.uint8)] * 2)
     def compare(lr, hr):
         sr = tf.round(tf.clip_by_value(generator(tf.cast(lr, tf.float32), training=False), 0, 255))
         content = losses.content_loss(vgg(tf.cast(hr, tf.float32)), vgg(sr)) if vgg else 0.0

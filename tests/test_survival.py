@@ -1,66 +1,25 @@
 """Whole training processes, most with tiny networks: killed at random moments, on two devices, on two workers."""
 
-import json
 import os
 import random
 import signal
-import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import FLAGS, start_workers
 from PIL import Image
 from test_train import points, same_result, weights
 
 import main
 
-TINY = Path(__file__).with_name("tiny.py")
-FLAGS = "--PREGENSTEPS 20 --STEPS 40 --save_every 2 --eval_every 10 --seed 3 --ema 0.9"
-
-
-@pytest.fixture(scope="module")
-def start(photos, tmp_path_factory):
-    """`start(run_dir, flags, **environment)` starts a training and returns the process, with its output in one pipe."""
-    processes, folder = [], tmp_path_factory.mktemp("tiny")
-
-    def start(run_dir, flags=FLAGS, **environment):
-        command = [sys.executable, TINY, "--data_dir", photos, "--run_dir", run_dir, "--BATCH_SIZE", "4"]
-        output = open(run_dir.with_suffix(f".{len(processes)}.log"), "w+")
-        environment = {**os.environ, "TINY_FOLDER": str(folder), **environment}
-        process = subprocess.Popen([*command, *flags.split()], stdout=output, stderr=subprocess.STDOUT, env=environment)
-        process.output = output
-        processes.append(process)
-        return process
-
-    yield start
-    for process in processes:
-        process.kill()
-        process.wait()
-        process.output.close()
-
 
 def finish(process, code=0, timeout=600):
     """Wait for the process to end with this exit code. Returns its output."""
-    returned = process.wait(timeout)
-    process.output.seek(0)
-    output = process.output.read()
-    assert returned == code, output[-3000:]
+    process.join(timeout)
+    output = process.output.read_text()
+    assert process.exitcode == code, output[-3000:]
     return output
-
-
-@pytest.fixture(scope="module")
-def runs(start, tmp_path_factory, vgg_weights):
-    """A folder of runs, and the processes of each by its name: started all at once, as each keeps one core busy."""
-    folder, real = tmp_path_factory.mktemp("runs"), "--PREGENSTEPS 1 --STEPS 1 --vgg_layer block2_conv2"
-    return folder, {
-        "whole": [start(folder / "whole")],
-        "real": [start(folder / "real", f"{real} --vgg_weights {vgg_weights}", TINY_NETWORKS="real")],
-        "devices": [start(folder / "devices", TINY_DEVICES="2")],
-        "workers": start_workers(start, folder / "workers"),
-    }
 
 
 def finished(runs, name):
@@ -83,21 +42,21 @@ def wait_for_checkpoint(process, run_dir, phase):
     """Wait until this process has saved one."""
     before = newest(run_dir, phase)
     while newest(run_dir, phase) == before:
-        assert process.poll() is None, "ended before it could be killed: give it more steps"
+        assert process.is_alive(), "ended before it could be killed: give it more steps"
         time.sleep(0.002)
 
 
-def kill_at_random(start, run_dir, flags, kills, longest_wait, **environment):
+def kill_at_random(start, run_dir, flags, kills, longest_wait, **options):
     """Kill as many processes of each phase, then let one finish. Many of these moments lie in writing a checkpoint."""
     rng = random.Random(0)
     for phase, count in kills.items():
         for _ in range(count):
-            process = start(run_dir, flags, **environment)
+            process = start(run_dir, flags, **options)
             wait_for_checkpoint(process, run_dir, phase)
             time.sleep(rng.uniform(0, longest_wait))
             process.kill()
             finish(process, -signal.SIGKILL)
-    assert "gan: continuing after step" in finish(start(run_dir, flags, **environment), timeout=3600)
+    assert "gan: continuing after step" in finish(start(run_dir, flags, **options), timeout=3600)
     assert not list(run_dir.glob("checkpoints/*.new"))
 
 
@@ -110,20 +69,20 @@ def test_a_run_that_is_killed_ends_like_one_that_is_not(start, runs, tmp_path):
 def test_the_real_networks_killed_twenty_times_a_phase(start, tmp_path, vgg_weights):
     flags = "--PREGENSTEPS 150 --STEPS 150 --save_every 2 --eval_every 30 --ema 0.9 --vgg_layer block2_conv2"
     flags += f" --vgg_weights {vgg_weights}"
-    finish(start(tmp_path / "whole", flags, TINY_NETWORKS="real"), timeout=3600)
+    finish(start(tmp_path / "whole", flags, real_networks=True), timeout=3600)
     kills = {"pretrain": 20, "gan": 20}
-    kill_at_random(start, tmp_path / "killed", flags, kills, longest_wait=1, TINY_NETWORKS="real")
+    kill_at_random(start, tmp_path / "killed", flags, kills, longest_wait=1, real_networks=True)
     same_result(tmp_path / "killed", tmp_path / "whole")
 
 
 def test_waiting_for_a_worker_names_all_and_can_be_interrupted(start, tmp_path):
     worker = start_workers(start, tmp_path / "run", count=1)[0]
-    while "Waiting for all workers of TF_CONFIG: 127.0.0.1:" not in Path(worker.output.name).read_text():
-        assert worker.poll() is None
+    while "Waiting for all workers of TF_CONFIG: 127.0.0.1:" not in worker.output.read_text():
+        assert worker.is_alive()
         time.sleep(0.1)
     time.sleep(1)
-    worker.send_signal(signal.SIGINT)
-    assert worker.wait(timeout=20) == -signal.SIGINT
+    os.kill(worker.pid, signal.SIGINT)
+    finish(worker, -signal.SIGINT, timeout=20)
 
 
 def nearly_same_result(run, other):
@@ -138,22 +97,11 @@ def test_two_devices_train_like_one(runs, whole):
     nearly_same_result(run_dir, whole)
 
 
-def start_workers(start, run_dir, count=2):
-    with socket.socket() as one, socket.socket() as other:
-        for each in (one, other):
-            each.bind(("127.0.0.1", 0))
-        cluster = {"worker": [f"127.0.0.1:{each.getsockname()[1]}" for each in (one, other)]}
-    return [
-        start(run_dir, TF_CONFIG=json.dumps({"cluster": cluster, "task": {"type": "worker", "index": i}}))
-        for i in range(count)
-    ]
-
-
 def test_two_workers_train_like_one(runs, whole):
     run_dir, outputs = finished(runs, "workers")
     assert all("Training on 2 devices" in output for output in outputs)
     nearly_same_result(run_dir, whole)
-    assert len(list(run_dir.glob("logs/gan/*"))) == 1  # the chief's
+    assert len(list(run_dir.glob("logs/gan/*.v2"))) == 1  # the chief's
 
 
 def test_train_both_phases_then_upscale(runs, photos, tmp_path):

@@ -1,4 +1,4 @@
-"""Networks of a few weights in place of the real ones, here and in new processes: `python3 tests/tiny.py FLAGS`."""
+"""Networks of a few weights in place of the real ones, here and in processes of their own."""
 
 import os
 import sys
@@ -58,12 +58,16 @@ def split_cpu(devices):
     train.make_strategy = lambda: tf.distribute.MirroredStrategy(names)
 
 
-if __name__ == "__main__":
-    folder = os.environ["TINY_FOLDER"]
-    if os.environ.get("TINY_NETWORKS") == "real":
+def run(flags, folder, output, real_networks=False, devices=1, **environment):
+    """The program in a process of its own, which prints to the file `output`."""
+    file = os.open(output, os.O_WRONLY)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ.update(environment)
+    if real_networks:
         data.FOLDER = Path(folder) / "data"
     else:
         use(setattr, folder)
-    if "TINY_DEVICES" in os.environ:
-        split_cpu(int(os.environ["TINY_DEVICES"]))
-    sys.exit(main.main())
+    if devices > 1:
+        split_cpu(devices)
+    sys.exit(main.main(flags))

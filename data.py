@@ -89,16 +89,15 @@ def read_image(path: str | Path) -> ImageData:
         icc = image.info.get("icc_profile")
         if getattr(image, "n_frames", 1) > 1:
             warnings.warn(f"{path} has {image.n_frames} frames: only the first is read")
+        image.load()
+        exif = image.getexif()  # Pillow turns a TIFF upright by itself, and removes the orientation here
         if image.format == "PNG" and (png := Path(path).read_bytes())[24] == 16:  # Pillow reduces colour to 8 bits
             import tensorflow as tf
 
             keyed = "transparency" in image.info  # one colour is transparent
             pixels = tf.io.decode_png(png, 4 if keyed else 0, tf.uint16).numpy()
             pixels = pixels[..., [0, 3]] if keyed and image.mode == "I;16" else pixels
-            exif = Image.Image.getexif(image)  # PngImageFile's own would decode the pixels again
         else:
-            image.load()
-            exif = image.getexif()  # Pillow turns a TIFF upright by itself, and removes the orientation here
             tags = image.tag_v2 if image.format == "TIFF" else {}
             depth, black_is_zero = max(tags.get(258, (8,))), tags.get(262) == 1
             if image.mode in ("I", "F") or (image.mode[0] == "I" and not (depth == 16 and black_is_zero)):
@@ -169,8 +168,9 @@ def write_image(path: str | Path, image: ImageData):
     kind, _ = FORMATS[Path(path).suffix.lower()]
     pixels, alpha, icc = image.pixels, image.alpha, image.icc
     height, width, channels = pixels.shape
-    if pixels.dtype == np.uint16 and not (kind == "PNG" or (kind == "TIFF" and channels == 1 and alpha is None)):
-        warnings.warn(f"{path} is written with 8 of the image's 16 bits: choose .png to keep them")
+    deep = height * width <= 500e6 if kind == "PNG" else kind == "TIFF" and channels == 1 and alpha is None
+    if pixels.dtype == np.uint16 and not deep:
+        warnings.warn(f"{path} is written with 8 of the image's 16 bits: .png keeps them, up to 500 megapixels")
         pixels, alpha = to_8_bit(pixels), None if alpha is None else to_8_bit(alpha)
     # The profile of a colour image doesn't describe a grey one, nor the other way round; WebP has no grey.
     if icc and icc[16:20] != (b"GRAY" if channels == 1 and kind != "WEBP" else b"RGB "):
@@ -274,10 +274,11 @@ def scoring_pairs(folder: str | Path) -> list[tuple[str, Path, Path | None]]:
         raise ValueError(f"no images in {hr_folder}")
     if not (lr_folder and lr_folder.is_dir()):
         return [(path.stem, path, None) for path in hr_paths]
-    lr_paths = {path.stem.removesuffix("x4"): path for path in list_images(lr_folder)}
-    if missing := [path for path in hr_paths if path.stem not in lr_paths]:
-        raise ValueError(f"{missing[0]} has no LR image of that name in {lr_folder}")
-    return [(path.stem, path, lr_paths[path.stem]) for path in hr_paths]
+    names = {path.stem: path for path in list_images(lr_folder)}
+    lr_paths = [names.get(path.stem) or names.get(path.stem + "x4") for path in hr_paths]
+    if None in lr_paths:
+        raise ValueError(f"{hr_paths[lr_paths.index(None)]} has no LR image of that name in {lr_folder}")
+    return [(hr_path.stem, hr_path, lr_path) for hr_path, lr_path in zip(hr_paths, lr_paths)]
 
 
 def read_pair(hr_path: str | Path, lr_path: str | Path | None) -> tuple[np.ndarray, np.ndarray]:
@@ -421,9 +422,9 @@ def open_prepared(path):
     return array[0].view(np.uint8), array[1:].view(np.uint8).reshape(SCALE * h, SCALE * w, 3)
 
 
-# A mapped file takes a file descriptor, and something else may need some, too.
+# A mapped file takes a file descriptor, of which something else may need some, too, and one of Linux's 65,530 maps.
 DESCRIPTORS = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else 2048
-keep_open = functools.lru_cache(max(DESCRIPTORS - 256, 64))(open_prepared)
+keep_open = functools.lru_cache(min(max(DESCRIPTORS - 256, 64), 32_000))(open_prepared)
 
 
 def digest(value):
@@ -490,11 +491,12 @@ def prepare(folder: str | Path) -> PreparedImages:
 def prepare_image(path, target):
     """Store an image and its LR. Returns None, or why it can't be used."""
     try:
-        hr = crop_to_scale(read_rgb(path))
+        hr = read_rgb(path)
     except ValueError as error:
         return str(error)
     if min(hr.shape[:2]) < HR_PATCH:
         return f"{path} is smaller than a patch of {HR_PATCH}x{HR_PATCH}: {hr.shape[1]}x{hr.shape[0]}"
+    hr = crop_to_scale(hr)
     lr = degrade(hr)
     with atomic_write(target) as temporary:
         np.save(temporary, np.concatenate([lr[None], hr.reshape(-1, *lr.shape)]))

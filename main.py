@@ -172,7 +172,6 @@ def find_jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
         return [(source, target)]
     if target.suffix.lower() in data.SUFFIXES or target.is_file():
         raise ValueError(f"--input {source} is a folder: --output must be a folder, too, got {target}")
-    must_be_writable(target / "image")
     images = data.list_images(source)
     if not images:
         raise ValueError(f"no images in {source}: supported are {' '.join(sorted(data.SUFFIXES))}")
@@ -180,6 +179,10 @@ def find_jobs(source: Path, target: Path) -> list[tuple[Path, Path]]:
     jobs = [(image, target / (image.name + ".png" * (image.suffix.lower() == ".gif"))) for image in images]
     if len({target for _, target in jobs}) < len(jobs):
         raise ValueError(f"{source} holds a GIF and its PNG, NAME.gif and NAME.gif.png: rename one of them")
+    originals = {os.path.realpath(image) for image in images}
+    if linked := [target for _, target in jobs if os.path.realpath(target) in originals]:
+        raise ValueError(f"{linked[0]} is in --input, by a link, and never overwritten: give another --output")
+    must_be_writable(jobs[0][1])
     return jobs
 
 
@@ -228,7 +231,7 @@ def check_resuming(run_dir: Path, args: argparse.Namespace) -> None:
     if not any(checkpoints.glob("*-*[0-9]")) or not file.exists():
         return
     try:
-        before = dict(json.loads(file.read_text()))
+        before = {**json.loads(file.read_text())}
     except (TypeError, ValueError):
         raise ValueError(f"{file} doesn't hold the options of a run: give another --run_dir") from None
     for name in KEPT_OPTIONS + KEPT_BY_GAN * any(checkpoints.glob("gan-*[0-9]")):

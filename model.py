@@ -323,10 +323,11 @@ def make_upscaler(
         features = run_trunk(lr[None])[0]
         done(0.5)
         crop = tuple(slice(max(s.start - TAIL_HALO, 0), min(s.stop + TAIL_HALO, n)) for s, n in zip(keep, lr.shape))
-        height, width = (s.stop - s.start for s in crop)
+        features, lr = features[crop], lr[crop]
+        height, width = lr.shape[:2]
         sr = np.empty((SCALE * height, SCALE * width, 3), np.float32)
         for tile, part in grid(height, width, tail_tile, TAIL_HALO):
-            y = run_tail(features[crop][tile][None], lr[crop][tile][None])[0].numpy()
+            y = run_tail(features[tile][None], lr[tile][None])[0].numpy()
             sr[times(SCALE, part)] = y[times(SCALE, relative(part, tile))]
             done(0.5 * area(part) / (height * width))
         return sr[times(SCALE, relative(keep, crop))]
@@ -375,7 +376,7 @@ def export(network: keras.Model, path: str | Path) -> None:
     after `LocalLimits` and clipped to 0 to 255. Written to a temporary name, then renamed; an existing file or
     folder is replaced. Raises OSError if it can't be written.
     """
-    path = Path(path)
+    path = Path(path).absolute()  # the current folder may be replaced, too
     formats = {".tflite": "litert", ".onnx": "onnx"}
     sr = keras.ops.clip(LocalLimits()(network.output, network.input), 0, 255)
     signature = [tf.TensorSpec((1, None, None, 3), tf.float32, name="lr")]
@@ -387,8 +388,9 @@ def export(network: keras.Model, path: str | Path) -> None:
             keras.Model(network.input, sr, name=network.name).export(
                 new, formats.get(new.suffix, "tf_saved_model"), verbose=False, input_signature=signature
             )
-        except tf.errors.OpError as error:
-            raise OSError(f"can't write {path}: {error.message.splitlines()[0]}") from error
+        except (tf.errors.OpError, OSError) as error:
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise OSError(f"can't write {path}: {reason}") from error
         if path.is_dir():
             path.replace(Path(folder) / "old")
         new.replace(path)

@@ -159,7 +159,8 @@ def make_schedule(name: str, learning_rate: float, steps: int, drop: bool = Fals
     if name == "cosine":
         return keras.optimizers.schedules.CosineDecay(learning_rate, max(1, steps))
     second = learning_rate / 10 if name == "paper" and drop else learning_rate
-    return keras.optimizers.schedules.PiecewiseConstantDecay([max(1, steps // 2)], [learning_rate, second])
+    last = max(0, steps // 2 - 1)  # of the first half, counted from 0
+    return keras.optimizers.schedules.PiecewiseConstantDecay([last], [learning_rate, second])
 
 
 class Adam(keras.optimizers.Adam):
@@ -326,9 +327,7 @@ def open_logs(folder: Path, first: int):
     with writing("TensorBoard's logs"):
         with tf.Graph().as_default(), tf.compat.v1.summary.FileWriter(str(folder)) as session:
             session.add_session_log(start, first)
-        writer = tf.summary.create_file_writer(str(folder))
-        writer.init()
-    return writer
+        return tf.summary.create_file_writer(str(folder))
 
 
 def log(writer, step: int, scalars: dict, **images):
@@ -416,7 +415,7 @@ def fit(phase: Phase, weights: Path, images, pairs, args):
     start = checkpoints.restore()
     check_same_step(start)
     if start >= steps and weights.exists():
-        print(f"{name}: finished before, see {weights}")
+        print(f"{name}: finished before, after {start} steps: see {weights}")
         return
 
     average = make_averaging(phase.state["generator"], phase.state["optimizer"], images, args)
@@ -483,7 +482,7 @@ def fit(phase: Phase, weights: Path, images, pairs, args):
                     checkpoints.save(step)
 
             # Stop.
-            if stopping:
+            if signals and saving:
                 if chief:
                     bar.write(f"Interrupted and saved: the same command continues from {checkpoints.path(step)}")
                 sys.exit(128 + signals[0])
@@ -504,7 +503,6 @@ def train(args):
         raise ValueError(f"--BATCH_SIZE {args.BATCH_SIZE} must be a multiple of the number of devices, {devices}")
     if devices > 1:
         print(f"Training on {devices} devices")
-    (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
     try:
         with strategy.scope(), data.lock(run_dir, wait=False) if is_chief() else contextlib.nullcontext():
             train_both(args, run_dir)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import make_image
-from PIL import Image, ImageCms, ImageOps, PngImagePlugin
+from PIL import Image, ImageCms, ImageOps
 
 import data
 import main
@@ -40,10 +40,10 @@ def png_16(*channels):
     return tf.io.encode_png(np.dstack(channels)).numpy()
 
 
-def insert_chunk(png, kind, content):
-    """A PNG with one more chunk after its header."""
+def insert_chunk(png, kind, content, place=33):
+    """A PNG with one more chunk, by default after its header."""
     crc = struct.pack(">I", zlib.crc32(kind + content))
-    return png[:33] + struct.pack(">I", len(content)) + kind + content + crc + png[33:]
+    return png[:place] + struct.pack(">I", len(content)) + kind + content + crc + png[place:]
 
 
 def saved(image, kind, **options):
@@ -312,10 +312,16 @@ def test_transparent_colour_of_16_bit_png(tmp_path):
         assert image.alpha[0, 0] == 0 and image.alpha.ravel()[1:].min() == 65_535
 
 
-def test_16_bit_png_is_decoded_once(tmp_path, monkeypatch):
-    (tmp_path / "a.png").write_bytes(png_16(RGB_16))
-    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", None)
-    assert np.array_equal(data.read_image(tmp_path / "a.png").pixels, RGB_16)
+def test_exif_after_the_pixels(tmp_path):
+    """Where ExifTool writes it."""
+    exif = Image.Exif()
+    exif[data.EXIF_ORIENTATION] = 6
+    png = insert_chunk(png_16(RGB_16), b"eXIf", exif.tobytes()[6:], place=-12)
+    (tmp_path / "a.png").write_bytes(png)
+    assert np.array_equal(data.read_image(tmp_path / "a.png").pixels, np.rot90(RGB_16, 3))
+    (tmp_path / "a.png").write_bytes(png[: len(png) // 2])
+    with pytest.raises(ValueError, match=r"a\.png: image file is truncated"):
+        data.read_image(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("profile", [SRGB, b"damaged"])

@@ -126,7 +126,7 @@ def test_adam_is_kerass():
 
 def test_schedules():
     paper = train.make_schedule("paper", 1e-4, 100, drop=True)
-    assert [float(paper(step)) for step in (0, 49, 51, 99)] == pytest.approx([1e-4, 1e-4, 1e-5, 1e-5])
+    assert [float(paper(step)) for step in (0, 49, 50, 99)] == pytest.approx([1e-4, 1e-4, 1e-5, 1e-5])
     assert float(train.make_schedule("paper", 1e-4, 100)(99)) == pytest.approx(1e-4)
     assert float(train.make_schedule("none", 1e-4, 100, drop=True)(99)) == pytest.approx(1e-4)
     cosine = train.make_schedule("cosine", 1e-3, 100)
@@ -322,6 +322,20 @@ def test_signal_saves_and_says_how_to_go_on(tiny_networks, photos, tmp_path, mon
     assert stop.value.code == 128 + number
     assert "the same command continues from" in capsys.readouterr().out
     assert (tmp_path / "run" / "checkpoints" / "pretrain-0000007").is_dir()
+
+
+def test_signal_after_the_last_step_ends_the_program_too(tiny_networks, photos, tmp_path, monkeypatch):
+    save = train.save_weights
+
+    def interrupted(generator, path):
+        os.kill(os.getpid(), signal.SIGINT)
+        save(generator, path)
+
+    monkeypatch.setattr(train, "save_weights", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        train.train(flags(photos, tmp_path))
+    assert stop.value.code == 130 and (tmp_path / "srresnet.weights.h5").exists()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()][-1].startswith("pretrain")
 
 
 def test_a_checkpoint_is_never_written_with_a_number_that_is_not_finite(tiny_networks, photos, tmp_path, monkeypatch):

@@ -332,6 +332,16 @@ def test_images_in_a_folder_get_names_of_their_own(tmp_path):
         main.find_jobs(tmp_path, tmp_path / "out")
 
 
+def test_links_to_originals_in_the_output_folder(tmp_path):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a.png").touch()
+    (tmp_path / "links" / "b.png").symlink_to(tmp_path / "out" / "a.png")
+    (tmp_path / "links" / "a.png").touch()
+    with pytest.raises(ValueError, match="out/a.png is in --input, by a link, and never overwritten"):
+        main.find_jobs(tmp_path / "links", tmp_path / "out")
+
+
 def run(*argv):
     return main.main([str(word) for word in argv])
 
@@ -468,6 +478,15 @@ def make_benchmark(folder, with_lr):
         if with_lr:
             Image.fromarray(data.degrade(hr)).save(folder / "LR_x4" / f"{seed}x4.png")
     return folder if with_lr else folder / "HR"
+
+
+def test_pairs_by_name(tmp_path):
+    """The same name goes before the name with x4."""
+    for name in ("HR/box4.png", "HR/bo.png", "HR/a.png", "LR_x4/box4.png", "LR_x4/bo.jpg", "LR_x4/ax4.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    lrs = [(name, lr.name) for name, _, lr in data.scoring_pairs(tmp_path)]
+    assert lrs == [("a", "ax4.png"), ("bo", "bo.jpg"), ("box4", "box4.png")]
 
 
 def test_scores(tmp_path, weights, capsys):

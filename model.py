@@ -93,7 +93,7 @@ def generator(precision: str = "float32") -> keras.Model:
     norm = partial(normalization, policy)
 
     lr = keras.Input((None, None, 3), name="lr")
-    x = layers.Rescaling(1 / 255, dtype="float32")(lr)  # [0, 1]
+    x = layers.Rescaling(1 / 255, dtype="float32", name="unit")(lr)  # [0, 1]
     skip = prelu(name="head_prelu")(conv(64, 9, dtype="float32", name="head_conv")(x))
     x = keras.ops.copy(skip)  # so that no gradient is a sum over three uses (see train.compiled)
     for i in range(1, BLOCKS + 1):

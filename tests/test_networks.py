@@ -98,6 +98,8 @@ def test_weights_survive_a_file(generator, tmp_path):
     other = model.generator()
     model.load_weights(other, tmp_path / "a.weights.h5")
     assert all(np.array_equal(a, b) for a, b in zip(generator.get_weights(), other.get_weights()))
+    other.save_weights(tmp_path / "b.weights.h5")
+    assert (tmp_path / "a.weights.h5").read_bytes() == (tmp_path / "b.weights.h5").read_bytes()
 
 
 def test_weights_that_do_not_fit_are_one_clear_error(generator, tmp_path):

@@ -168,8 +168,9 @@ def write_image(path: str | Path, image: ImageData):
     kind, _ = FORMATS[Path(path).suffix.lower()]
     pixels, alpha, icc = image.pixels, image.alpha, image.icc
     height, width, channels = pixels.shape
-    deep = height * width <= 500e6 if kind == "PNG" else kind == "TIFF" and channels == 1 and alpha is None
-    if pixels.dtype == np.uint16 and not deep:
+    # TensorFlow encodes fewer than 2**31 values, of four channels 536 megapixels.
+    keeps_16_bits = {"PNG": height * width <= 500e6, "TIFF": channels == 1 and alpha is None}.get(kind, False)
+    if pixels.dtype == np.uint16 and not keeps_16_bits:
         warnings.warn(f"{path} is written with 8 of the image's 16 bits: .png keeps them, up to 500 megapixels")
         pixels, alpha = to_8_bit(pixels), None if alpha is None else to_8_bit(alpha)
     # The profile of a colour image doesn't describe a grey one, nor the other way round; WebP has no grey.
@@ -422,7 +423,7 @@ def open_prepared(path):
     return array[0].view(np.uint8), array[1:].view(np.uint8).reshape(SCALE * h, SCALE * w, 3)
 
 
-# A mapped file takes a file descriptor, of which something else may need some, too, and one of Linux's 65,530 maps.
+# A mapped file takes a file descriptor, of which other code needs some, too, and one of Linux's 65,530 maps.
 DESCRIPTORS = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else 2048
 keep_open = functools.lru_cache(min(max(DESCRIPTORS - 256, 64), 32_000))(open_prepared)
 

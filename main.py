@@ -231,7 +231,7 @@ def check_resuming(run_dir: Path, args: argparse.Namespace) -> None:
     if not any(checkpoints.glob("*-*[0-9]")) or not file.exists():
         return
     try:
-        before = {**json.loads(file.read_text())}
+        before = {**json.loads(file.read_text())}  # TypeError if it isn't a dict
     except (TypeError, ValueError):
         raise ValueError(f"{file} doesn't hold the options of a run: give another --run_dir") from None
     for name in KEPT_OPTIONS + KEPT_BY_GAN * any(checkpoints.glob("gan-*[0-9]")):

@@ -1,7 +1,7 @@
 """The losses of Ledig et al. 2017, section 2.2, with two more, and the metrics PSNR and SSIM.
 
 Losses take batches of RGB images, `(batch, height, width, 3)` float32 from 0 to 255, or discriminator logits, and
-return a scalar. Metrics take two images, `(height, width, 3)` uint8.
+return a scalar. Metrics take two images, `(height, width, channels)` uint8.
 """
 
 import warnings
@@ -25,56 +25,37 @@ FEATURE_SCALES = {"block2_conv2": 1 / 510, "block3_conv4": 1 / 1600, "block5_con
 
 IMAGENET_MEAN = np.float32([103.939, 116.779, 123.68])  # of B, G and R
 
-VGG_FILE = "vgg19_weights_tf_dim_ordering_tf_kernels_notop.h5"
-VGG_URL = "https://storage.googleapis.com/tensorflow/keras-applications/vgg19/" + VGG_FILE
+VGG_URL = "https://storage.googleapis.com/tensorflow/keras-applications/vgg19/"
+VGG_URL += "vgg19_weights_tf_dim_ordering_tf_kernels_notop.h5"
 
 
-def vgg_features(layer: str, weights=None, precision: str = "float32") -> keras.Model:
+def vgg_features(layer: str, weights=None) -> keras.Model:
     """The map phi of equation 5: VGG19 up to `layer` (after its ReLU), frozen, from images to scaled features.
 
     Args:
         layer: a key of `FEATURE_SCALES`.
-        weights: Keras's `notop` file, or a `.weights.h5` of a VGG19 as deep as `layer`. None: Keras's download.
-        precision: with "bfloat16", the convolutions are computed in it.
+        weights: Keras's `notop` file. None: Keras downloads it on first use.
 
     Returns:
         A model from `(batch, h, w, 3)`, 0 to 255, to `(batch, h / 2^k, w / 2^k, channels)` float32.
 
     Raises:
-        ValueError: if the file is damaged or doesn't fit.
-        OSError: if it can't be read or downloaded.
+        OSError: if the file can't be downloaded, is damaged or doesn't fit.
     """
     try:
-        vgg = keras.applications.VGG19(include_top=False, weights=None if weights else "imagenet")
-    except Exception as error:  # Keras raises a bare Exception when a download fails
-        raise OSError(
-            f"can't get the VGG19 weights ({error}): put {VGG_URL} into ~/.keras/models, or use --vgg_weights"
-        ) from error
-    whole_file = weights and not str(weights).endswith(".weights.h5")
-    if whole_file:
-        _load_vgg(vgg, weights, layer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Keras warns of a file that doesn't fit, before it raises
+            vgg = keras.applications.VGG19(include_top=False, weights=str(weights) if weights else "imagenet")
+    except Exception as error:  # Keras and h5py raise a dozen kinds on damaged files, and a bare Exception offline
+        what = f"{weights} doesn't hold VGG19's weights" if weights else f"can't download VGG19's weights ({error})"
+        raise OSError(f"{what}: give --vgg_weights the file {VGG_URL}") from error
     vgg = keras.Model(vgg.input, vgg.get_layer(layer).output)
-    if weights and not whole_file:
-        _load_vgg(vgg, weights, layer)
-
-    if precision == "bfloat16":
-        for each in vgg.layers:
-            each.dtype_policy = "mixed_bfloat16"
     rgb = keras.Input((None, None, 3))
-    bgr = keras.ops.flip(rgb, axis=-1) - IMAGENET_MEAN  # Keras's preprocess_input, in one use of the image
-    features = keras.layers.Rescaling(FEATURE_SCALES[layer])(vgg(bgr))
+    bgr = keras.ops.flip(rgb, axis=-1) - IMAGENET_MEAN  # as Keras's preprocess_input
+    features = keras.layers.Rescaling(FEATURE_SCALES[layer], dtype="float32")(vgg(bgr))
     model = keras.Model(rgb, features, name="vgg_features")
     model.trainable = False
     return model
-
-
-def _load_vgg(vgg, weights, layer):
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # on layers without weights, which older files lack
-            vgg.load_weights(weights)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:  # h5py raises RuntimeError on a damaged header
-        raise ValueError(f"{weights} is damaged, or doesn't hold VGG19's weights up to {layer}") from error
 
 
 def content_loss(features_hr, features_sr):
@@ -124,17 +105,15 @@ def artifact_loss(hr, sr):
     return tf.reduce_mean(tf.stop_gradient(weight) * error)
 
 
-def perceptual_loss(content, adversarial, colour, artifact):
-    """Equation 3 with three times its adversarial loss, plus the colour loss and the artifact loss."""
-    return content + 3e-3 * adversarial + 10 * colour + 32 * artifact
-
-
 # ----------------------------------------------------------------------------------------------------------- metrics
 
 
 def luma(image):
-    """The Y of BT.601, 16 to 235, of RGB `(h, w, 3)` uint8: `(h, w)` float64, MATLAB's rgb2ycbcr without rounding."""
-    return 16 + image @ np.array([65.481, 128.553, 24.966]) / 255
+    """The Y of BT.601, 16 to 235, of RGB, MATLAB's rgb2ycbcr without rounding; a single channel is taken as it is.
+
+    From `(h, w, 3)` or `(h, w, 1)` uint8 to `(h, w)` float64.
+    """
+    return image[..., 0].astype(float) if image.shape[-1] == 1 else 16 + image @ [65.481, 128.553, 24.966] / 255
 
 
 def _inner_luma(image, border):

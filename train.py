@@ -1,14 +1,12 @@
-"""Training: SRResNet with MSE, then SRGAN with the perceptual loss (Ledig et al. 2017, section 3.2).
+"""Training: SRResNet with the MSE, then SRGAN with the perceptual loss (Ledig et al. 2017, section 3.2).
 
-From top to bottom: the devices, the two training steps, validation and weights, checkpoints and logs, and the loop.
+From top to bottom: the devices, the two phases with their training steps, the loop, and what the loop uses.
 """
 
 import contextlib
-import dataclasses
-import itertools
+import hashlib
 import json
 import os
-import shutil
 import signal
 import sys
 import time
@@ -24,29 +22,89 @@ import data
 import losses
 import model
 
-LOG_EVERY = 10  # steps between TensorBoard's points: reading a loss waits for the device
+LOG_EVERY = 10  # steps between TensorBoard's points, and of one call on a GPU: reading a loss waits for the device
+LOOP = False  # several steps in one call, on a CPU, too
 KEEP = 2  # newest checkpoints of a phase
 SAVE_AFTER = 300  # at most this many seconds between checkpoints, however long --save_every steps take
-WON_AFTER = 50  # points of D(HR) near 1 and D(SR) near 0 before the warning
 VALID_IMAGES, VALID_SIZE = 10, 96  # validation crops: the middle 96x96 LR pixels of the first ten images
 
+# Options that can't change when a run is resumed; the last ones only once the GAN has begun.
+KEPT = ("BATCH_SIZE", "images", "weights", "precision", "ema", "jpeg", "seed")
+KEPT_BY_GAN = ("PREGENSTEPS", "vgg_layer", "adversarial", "colour", "artifact")
 
-# ------------------------------------------------------------------------------------------------------- the devices
+
+def train(args):
+    """Train SRResNet and then SRGAN in `args.run_dir`, as the flags of main.py say.
+
+    Raises UserError, OSError, and SystemExit after a signal, when all is saved.
+    """
+    strategy, run_dir = make_strategy(), Path(args.run_dir)
+    if args.BATCH_SIZE % strategy.num_replicas_in_sync:
+        raise data.UserError(f"--BATCH_SIZE must be a multiple of the {strategy.num_replicas_in_sync} devices")
+    try:
+        with strategy.scope(), data.lock(run_dir, wait=False) if is_chief() else contextlib.nullcontext():
+            images, valid_images = data.load(args.data_dir, args.cache_dir)
+            check_options(run_dir, {**vars(args), "images": images.fingerprint})
+            print(f"{len(images)} images to train on, {len(valid_images)} to validate on")
+            train_both(args, images, validation_pairs(valid_images))
+    except tf.errors.ResourceExhaustedError as error:
+        hint = f"out of memory with --BATCH_SIZE {args.BATCH_SIZE}, or the disk is full"
+        raise data.UserError(f"{hint}: {str(error).splitlines()[0]}") from error
+    except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError) as error:
+        raise data.UserError("another worker is gone: start the same command on each again, to continue") from error
+
+
+def train_both(args, images, pairs):
+    run_dir = Path(args.run_dir)
+    srresnet, srgan = run_dir / "srresnet.weights.h5", run_dir / "srgan.weights.h5"
+    vgg = losses.vgg_features(args.vgg_layer, args.vgg_weights) if args.STEPS else None  # fails now or never
+    keras.utils.set_random_seed(args.seed)
+    generator = model.generator()
+    if args.weights or not args.PREGENSTEPS:
+        model.load_weights(generator, args.weights or srresnet)
+    if args.PREGENSTEPS:
+        train_srresnet(generator, images, pairs, args, srresnet)
+        model.load_weights(generator, srresnet)  # averaged, with --ema
+    if args.STEPS:
+        train_srgan(generator, vgg, images, pairs, args, srgan)
+
+
+def check_options(run_dir: Path, options: dict):
+    """Write the options to `RUN_DIR/options.json`. Raises UserError if the run was begun with others."""
+    if options["weights"]:  # what counts is what is in it, wherever it lies
+        with open(options["weights"], "rb") as weights:
+            options["weights"] = f"sha256 {hashlib.file_digest(weights, 'sha256').hexdigest()[:16]}"
+    file, begun = run_dir / "options.json", {path.parent.name for path in run_dir.glob("checkpoints/*/*.index")}
+    if begun and file.exists():
+        try:
+            before = dict(json.loads(file.read_text()))
+        except (TypeError, ValueError):
+            raise data.UserError(f"{file} doesn't hold the options of a run: give another --run_dir") from None
+        for name in KEPT + KEPT_BY_GAN * ("gan" in begun):
+            if before.get(name) != options[name]:
+                old, new = before.get(name), options[name]
+                raise data.UserError(
+                    f"{run_dir} was begun with {name} {old}, not {new}: use the same, or another --run_dir"
+                )
+    if is_chief():
+        with data.atomic_write(file) as temporary:
+            temporary.write_text(json.dumps(options, indent=2) + "\n")
+
+
+# -------------------------------------------------------------------------------------------------------- the devices
 
 
 def make_strategy() -> tf.distribute.Strategy:
-    """All GPUs of this machine, or of all machines that TF_CONFIG names; else one device. Raises ValueError."""
-    if config := os.environ.get("TF_CONFIG"):
+    """All GPUs of this machine, or of all machines that TF_CONFIG names; else one device. Raises UserError."""
+    if os.environ.get("TF_CONFIG"):
+        print("Waiting for all workers of TF_CONFIG", flush=True)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler would not run while TensorFlow waits
         try:
-            workers = [address for job in json.loads(config)["cluster"].values() for address in job]
-            print(f"Waiting for all workers of TF_CONFIG: {', '.join(workers)}", flush=True)
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler would not run while TensorFlow waits
             return tf.distribute.MultiWorkerMirroredStrategy()
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"TF_CONFIG doesn't name the workers and which of them this is: {error}") from error
-    if len(tf.config.list_physical_devices("GPU")) > 1:
-        return tf.distribute.MirroredStrategy()
-    return tf.distribute.get_strategy()
+            raise data.UserError(f"TF_CONFIG doesn't name the workers and which of them this is: {error}") from error
+    several = len(tf.config.list_logical_devices("GPU")) > 1
+    return tf.distribute.MirroredStrategy() if several else tf.distribute.get_strategy()
 
 
 def is_chief() -> bool:
@@ -54,55 +112,24 @@ def is_chief() -> bool:
     return tf.distribute.get_strategy().extended.should_checkpoint
 
 
-def check_same_step(step: int):
-    """Wait for the other workers. Raises ValueError, in all of them, if they are at different steps."""
+def wait_for_workers(step: int):
+    """Wait until all workers are here. Raises UserError if they are not at the same step."""
     strategy = tf.distribute.get_strategy()
 
     @tf.function
-    def sums():
-        return strategy.reduce("SUM", strategy.run(lambda: tf.constant([step, step**2], tf.int64)), axis=None)
+    def total():
+        return strategy.reduce("SUM", strategy.run(lambda: tf.constant(step)), axis=None)
 
-    total, squares = sums().numpy().tolist()
-    if total**2 != squares * strategy.num_replicas_in_sync:  # equal only if all steps are
-        raise ValueError("the workers see different checkpoints: --run_dir must be a folder that all of them share")
-
-
-# --------------------------------------------------------------------------------------------------------- the steps
+    if int(total()) != step * strategy.num_replicas_in_sync:
+        raise data.UserError("the workers see different checkpoints: --run_dir must be a folder that all of them share")
 
 
-def compiled(step: Callable, xla: bool | None = None) -> Callable:
-    """Compile `step(lr, hr) -> dict of scalars` into one function of a uint8 batch, on all devices.
-
-    `xla=None`: only on a single GPU. XLA doesn't work with tf.distribute, and on a CPU oneDNN's kernels in a plain
-    graph are faster.
-    """
-    if xla is None:
-        xla = bool(tf.config.list_physical_devices("GPU"))
-    # A gradient is a sum over the uses of a tensor. TensorFlow adds three or more terms in an order that depends on
-    # timing, and its arithmetic optimizer merges nested sums of two into one of three. With that off, and no tensor
-    # used more than twice, equal runs end with equal bits.
-    tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
-
-    strategy = tf.distribute.get_strategy()
-
-    def cast(lr, hr):
-        return step(tf.cast(lr, tf.float32), tf.cast(hr, tf.float32))
-
-    def everywhere(lr, hr):
-        scalars = strategy.run(cast, (lr, hr))
-        return {name: strategy.reduce("MEAN", value, axis=None) for name, value in scalars.items()}
-
-    return tf.function(everywhere, autograph=False, jit_compile=xla and not tf.distribute.has_strategy())
+# --------------------------------------------------------------------------------------------------------- the phases
 
 
-def update(network, optimizer, tape, loss):
-    """Take one optimizer step. `apply` sums gradients over devices, so each contributes its share of the mean."""
-    share = tf.constant(1 / tf.distribute.get_strategy().num_replicas_in_sync)
-    optimizer.apply(tape.gradient(loss, network.trainable_variables, share), network.trainable_variables)
-
-
-def make_pretrain_step(generator, optimizer) -> Callable:
-    """One step of SRResNet on the MSE (equation 4). Returns the compiled `step(lr, hr) -> {"MSE Loss": scalar}`."""
+def train_srresnet(generator, images, pairs, args, weights):
+    """The generator alone, on the MSE (equation 4)."""
+    optimizer = adam(generator, args.lr_pre_gen, args.PREGENSTEPS, args.lr_decay, args.ema, drop=False)
 
     def step(lr, hr):  # (batch, 24, 24, 3), (batch, 96, 96, 3)
         with tf.GradientTape() as tape:
@@ -110,57 +137,41 @@ def make_pretrain_step(generator, optimizer) -> Callable:
         update(generator, optimizer, tape, loss)
         return {"MSE Loss": loss}
 
-    return compiled(step)
+    state = {"generator": generator, "optimizer": optimizer}
+    fit("pretrain", step, state, args.PREGENSTEPS, args.seed, images, pairs, args, weights)
 
 
-def make_gan_step(generator, discriminator, vgg, optimizer, discriminator_optimizer) -> Callable:
-    """One step of both networks of SRGAN (equations 2 and 3), with one forward pass of each.
-
-    Returns the compiled `step(lr, hr)`, whose scalars are the losses and the mean probabilities D(HR) and D(SR).
-    """
+def train_srgan(generator, vgg, images, pairs, args, weights):
+    """The generator against a new discriminator, on the perceptual loss (equations 2 and 3)."""
+    keras.utils.set_random_seed(args.seed + 1)  # the same whether or not pre-training ran in this process
+    discriminator = model.discriminator()
+    optimizer = adam(generator, args.lr_gen, args.STEPS, args.lr_decay, args.ema)
+    discriminator_optimizer = adam(discriminator, args.lr_disc or args.lr_gen, args.STEPS, args.lr_decay)
 
     def step(lr, hr):
-        features_hr = vgg(hr, training=False)
         with tf.GradientTape() as generator_tape, tf.GradientTape() as discriminator_tape:
             sr = generator(lr, training=True)
-            sr_copy = tf.identity(sr)  # so that no tensor is used more than twice: see `compiled`
-            sr_copy_2 = tf.identity(sr_copy)
-            logits_hr = discriminator(hr, training=True)
-            logits_sr = discriminator(sr_copy, training=True)
-            # The generator's images should have the original's features and colours, no artifacts, and pass for real.
-            content = losses.content_loss(features_hr, vgg(sr, training=False))
-            adversarial = losses.adversarial_loss(logits_sr)
-            colour = losses.colour_loss(hr, sr_copy_2)
-            artifact = losses.artifact_loss(hr, sr_copy_2)
-            perceptual = losses.perceptual_loss(content, adversarial, colour, artifact)
+            logits_hr, logits_sr = discriminator(hr, training=True), discriminator(sr, training=True)
+            # The generator's images should have the original's features, and pass for real; the rest isn't the paper's.
+            terms = {"Content Loss": (1, losses.content_loss(vgg(hr), vgg(sr)))}
+            if args.adversarial:
+                terms["Adversarial Loss"] = args.adversarial, losses.adversarial_loss(logits_sr)
+            if args.colour:
+                terms["Colour Loss"] = args.colour, losses.colour_loss(hr, sr)
+            if args.artifact:
+                terms["Artifact Loss"] = args.artifact, losses.artifact_loss(hr, sr)
+            perceptual = sum(weight * loss for weight, loss in terms.values())
             # The discriminator should tell real images from generated ones.
             discrimination = losses.discriminator_loss(logits_hr, logits_sr)
         update(generator, optimizer, generator_tape, perceptual)
         update(discriminator, discriminator_optimizer, discriminator_tape, discrimination)
-        return {
-            "Perceptual Loss": perceptual,
-            "Discriminator Loss": discrimination,
-            "Content Loss": content,
-            "Adversarial Loss": adversarial,
-            "Colour Loss": colour,
-            "Artifact Loss": artifact,
-            "D(HR)": tf.reduce_mean(tf.sigmoid(logits_hr)),
-            "D(SR)": tf.reduce_mean(tf.sigmoid(logits_sr)),
-        }
+        scalars = {"Perceptual Loss": perceptual, "Discriminator Loss": discrimination}
+        scalars |= {name: loss for name, (_, loss) in terms.items()}
+        return scalars | {f"D({x})": tf.reduce_mean(tf.sigmoid(d)) for x, d in (("HR", logits_hr), ("SR", logits_sr))}
 
-    return compiled(step)
-
-
-def make_schedule(name: str, learning_rate: float, steps: int, drop: bool = False):
-    """The learning rate over the steps. `drop` marks the GAN, whose second half the paper trains at a tenth.
-
-    A constant rate is a schedule, too: as a plain number, a checkpoint's rate would replace a new one.
-    """
-    if name == "cosine":
-        return keras.optimizers.schedules.CosineDecay(learning_rate, max(1, steps))
-    second = learning_rate / 10 if name == "paper" and drop else learning_rate
-    last = max(0, steps // 2 - 1)  # of the first half, counted from 0
-    return keras.optimizers.schedules.PiecewiseConstantDecay([last], [learning_rate, second])
+    state = {"generator": generator, "discriminator": discriminator}
+    state |= {"optimizer": optimizer, "discriminator_optimizer": discriminator_optimizer}
+    fit("gan", step, state, args.STEPS, args.seed + 1, images, pairs, args, weights, vgg)
 
 
 class Adam(keras.optimizers.Adam):
@@ -182,35 +193,215 @@ class Adam(keras.optimizers.Adam):
         )
 
 
-def make_optimizer(schedule, network, ema: float = 0.0):
-    """Adam as in the paper; with `ema`, it also averages the weights over the steps."""
+def adam(network, learning_rate, steps, decay, ema=0.0, drop=True):
+    """Adam as in the paper, which trains the second half of the GAN at a tenth of the rate (`drop`).
+
+    With `ema`, it also averages the weights over the steps.
+    """
+    if decay == "cosine":
+        schedule = keras.optimizers.schedules.CosineDecay(learning_rate, max(1, steps))
+    else:  # constant rates are schedules, too: as a plain number, a checkpoint's rate would replace a new one
+        second = learning_rate / 10 if decay == "paper" and drop else learning_rate
+        last = max(0, steps // 2 - 1)  # of the first half, counted from 0
+        schedule = keras.optimizers.schedules.PiecewiseConstantDecay([last], [learning_rate, second])
     optimizer = Adam(schedule, beta_1=0.9, use_ema=ema > 0, ema_momentum=ema or 0.99)
     optimizer.build(network.trainable_variables)
     return optimizer
 
 
-# -------------------------------------------------------------------------------------------- validation and weights
+def update(network, optimizer, tape, loss):
+    """Take one optimizer step. `apply` sums gradients over devices, so each contributes its share of the mean."""
+    share = tf.constant(1 / tf.distribute.get_strategy().num_replicas_in_sync)
+    optimizer.apply(tape.gradient(loss, network.trainable_variables, share), network.trainable_variables)
 
 
-def make_averaging(generator, optimizer, images, args) -> Callable:
-    """Returns `average()`, a generator with the averages of the weights over the steps so far (--ema).
+# ---------------------------------------------------------------------------------------------------------- the loop
 
-    Normalisation statistics belong to the weights that they were measured with, so the averages get their own, the
-    mean over 16 batches of 16 LR patches. Without --ema, `average` returns `generator`.
+
+def fit(name, step_function, state, steps, seed, images, pairs, args, weights, vgg=None):
+    """Train one phase from its newest checkpoint to the step `steps`, and write the generator's `weights`.
+
+    Args:
+        name: of the phase, and of the folders of its checkpoints and logs.
+        step_function: `step(lr, hr) -> dict of scalars`, of float32 batches.
+        state: the networks and optimizers by name, the contents of a checkpoint. The order of the data needs no state:
+            a batch follows from `seed` and its step.
+        pairs: of `validation_pairs`.
+        vgg: for the content loss of the validation images.
+
+    Raises UserError if a number is not finite, OSError, and SystemExit after a signal, when the state is saved.
     """
-    if not args.ema:
-        return lambda: generator
-    averaged = model.generator(args.precision)
-    lrs = [lr for lr, _ in data.patches(images, 16, 0, 16, args.seed, args.jpeg)]
+    checkpoint, folder = tf.train.Checkpoint(**state), Path(args.run_dir) / "checkpoints" / name
+    chief, start = is_chief(), restore(checkpoint, folder)
+    wait_for_workers(start)
+    averaged, average = make_averaging(state["generator"], state["optimizer"], images, args)
+    if start >= steps:
+        if chief and not weights.exists():
+            average()
+            save_weights(averaged, weights)
+        wait_for_workers(start)
+        return print(f"{name}: finished before, after {start} steps: see {weights}")
 
-    def average():
-        averaged.set_weights(generator.get_weights())
-        if optimizer.iterations.numpy():
-            optimizer.finalize_variable_values(averaged.trainable_variables)
-            model.measure_statistics(averaged, lrs)
-        return averaged
+    run, count = compiled(step_function)
+    first, last = start // count * count, -(-steps // count) * count  # all calls but the first begin where they would
+    batches = data.patches(images, args.BATCH_SIZE, first, last, seed, args.jpeg)
+    batches = batches.batch(count).prefetch(1) if count > 1 else batches
+    batches = tf.distribute.get_strategy().experimental_distribute_dataset(batches)  # an equal share for each device
 
-    return average
+    validate, writer = make_validation(averaged, pairs, vgg), open_logs(Path(args.run_dir) / "logs" / name, start)
+    status, step, saved = {}, start, time.monotonic()
+    if chief and not start:
+        log(writer, 0, *validate())
+    print(f"{name}: continuing after step {start}" if start else f"{name}: compiling the training step", flush=True)
+    bar = tqdm(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True, disable=None)
+    with bar, catch_signals() as signals:
+        for lrs, hrs in batches:
+            before, step = step, min(step // count * count + count, steps)
+            scalars = run(lrs, hrs, tf.constant(before % count), tf.constant((step - 1) % count + 1))
+
+            def due(every):
+                return step == steps or step // every > before // every
+
+            saving = due(args.save_every) or bool(signals) or time.monotonic() - saved > SAVE_AFTER
+            if due(LOG_EVERY) or due(args.eval_every) or saving:
+                scalars = {key: float(value) for key, value in scalars.items()}  # waits for the device
+                status |= {key.removesuffix(" Loss"): f"{value:.4g}" for key, value in scalars.items()}
+                check_finite(name, step, scalars.values())
+            if chief and due(LOG_EVERY):
+                log(writer, step, scalars)
+            if chief and due(args.eval_every):
+                average()
+                scalars, crops = validate()
+                log(writer, step, scalars, crops)
+                status["PSNR"] = f"{scalars['PSNR']:.2f}"
+                if bar.disable:
+                    print(f"{name} {step}/{steps}: {', '.join(f'{k} {v}' for k, v in status.items())}", flush=True)
+            bar.set_postfix(status, refresh=False)
+            bar.update(step - before)
+            if saving:
+                check_finite(name, step, [value.numpy() for part in state.values() for value in part.variables])
+                if chief and step == steps:
+                    save_weights(averaged, weights)  # first, so that the last checkpoint vouches for them
+                if chief:
+                    save(checkpoint, folder, step)
+                saved = time.monotonic()
+                if signals:
+                    bar.write(f"Interrupted and saved at step {step}: the same command continues")
+                    sys.exit(128 + signals[0])
+    wait_for_workers(step)
+    print(f"To upscale: python3 main.py --pretrained --weights {weights}")
+
+
+def compiled(step: Callable) -> tuple[Callable, int]:
+    """Compile `step(lr, hr) -> dict of scalars` into `run(lrs, hrs, first, last)`, and say how many steps a call takes.
+
+    On one GPU, XLA compiles a loop over ten steps, since Python and TensorFlow take longer to start a step there than
+    the GPU to compute it. `run` takes ten uint8 batches, stacked, does the steps `first` to `last - 1`, and returns the
+    scalars of the last. Elsewhere it takes one batch and does one step: XLA doesn't work with several devices, and on a
+    CPU oneDNN's kernels are faster.
+    """
+    strategy = tf.distribute.get_strategy()
+
+    @tf.function(autograph=False)
+    def once(lr, hr):
+        return step(tf.cast(lr, tf.float32), tf.cast(hr, tf.float32))
+
+    @tf.function(autograph=False, jit_compile=True)
+    def loop(lrs, hrs, first, last):
+        names = once.get_concrete_function(lrs[0], hrs[0]).structured_outputs
+        start = first, {name: tf.constant(0.0) for name in names}
+        return tf.while_loop(lambda i, _: i < last, lambda i, _: (i + 1, once(lrs[i], hrs[i])), start)[1]
+
+    @tf.function(autograph=False)
+    def everywhere(lr, hr, first, last):
+        scalars = strategy.run(once, (lr, hr))
+        return {name: strategy.reduce("MEAN", value, axis=None) for name, value in scalars.items()}
+
+    looping = strategy.num_replicas_in_sync == 1 and (LOOP or tf.config.list_physical_devices("GPU"))
+    return (loop, LOG_EVERY) if looping else (everywhere, 1)
+
+
+def check_finite(name, step, values):
+    if not all(np.isfinite(value).all() for value in values):
+        raise data.UserError(
+            f"{name}: a loss or a weight is not finite after step {step}. Earlier checkpoints are intact: try a lower "
+            "learning rate, or --precision float32"
+        )
+
+
+@contextlib.contextmanager
+def catch_signals():
+    """Yields a list that gets the first signal that asks to stop. A second one ends the program at once."""
+    caught = []
+
+    def note(number, frame):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {n: signal.signal(n, note) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}  # as nohup does
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ----------------------------------------------------------------------------- checkpoints, weights, TensorBoard's logs
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first, without their suffixes. TensorFlow writes the .index file last."""
+    return [path.with_suffix("") for path in sorted(folder.glob(f"{7 * '[0-9]'}.index"))]
+
+
+def save(checkpoint, folder: Path, step: int):
+    checkpoint.write(str(folder / f"{step:07d}"))
+    for old in checkpoints(folder)[:-KEEP]:
+        for file in folder.glob(f"{old.name}.*"):
+            file.unlink()
+
+
+def restore(checkpoint, folder: Path) -> int:
+    """Restore the newest intact checkpoint. Returns its step, 0 if there is none. Raises OSError if all are damaged."""
+    paths = checkpoints(folder)
+    for path in reversed(paths):
+        try:
+            checkpoint.read(str(path)).assert_consumed()
+            return int(path.name)
+        except (tf.errors.OpError, AssertionError, OSError, ValueError, IndexError) as error:
+            print(f"Warning: the checkpoint {path} is damaged ({type(error).__name__})", file=sys.stderr)
+    if paths:
+        raise OSError(f"all checkpoints in {folder} are damaged: remove them to begin this phase anew")
+    return 0
+
+
+def save_weights(generator, path: Path):
+    with data.atomic_write(path) as temporary:
+        generator.save_weights(temporary)
+
+
+def open_logs(folder: Path, start: int):
+    """TensorBoard's writer. TensorBoard drops the points of an interrupted run after `start`, which come again."""
+    if not is_chief():
+        return None
+    marker = tf.compat.v1.SessionLog(status=tf.compat.v1.SessionLog.START)
+    with tf.Graph().as_default(), tf.compat.v1.summary.FileWriter(str(folder)) as session:
+        session.add_session_log(marker, start and start + 1)
+    return tf.summary.create_file_writer(str(folder))
+
+
+def log(writer, step: int, scalars: dict, crops: dict = {}):
+    """Write scalars, and images `(h, w, 3)` uint8, to TensorBoard's file."""
+    with writer.as_default(step):
+        for name, value in scalars.items():
+            tf.summary.scalar(name, value)
+        for name, image in crops.items():
+            tf.summary.image(f"crop/{name}", image[None])
+        writer.flush()
+
+
+# ---------------------------------------------------------------------------------------------- validation, averages
 
 
 def validation_pairs(images) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -224,312 +415,41 @@ def validation_pairs(images) -> list[tuple[np.ndarray, np.ndarray]]:
     return pairs
 
 
-def make_validation(average, pairs, vgg=None) -> Callable:
-    """Returns `validate() -> (scalars, first SR)` of the generator that `average` returns, the same object each time.
+def make_validation(network, pairs, vgg=None) -> Callable:
+    """Returns `validate() -> (scalars, crops)` of `network`.
 
-    The scalars are the mean PSNR in dB and, with `vgg`, the mean content loss.
+    The scalars are the mean PSNR in dB and, with `vgg`, the mean content loss; the crops one of bicubic, SR and HR.
     """
-    generator = average()
+    upscale = model.make_upscaler(network)
 
-    @tf.function(autograph=False, input_signature=[tf.TensorSpec((1, None, None, 3), tf.uint8)] * 2)
-    def compare(lr, hr):
-        sr = tf.round(tf.clip_by_value(generator(tf.cast(lr, tf.float32), training=False), 0, 255))
-        content = losses.content_loss(vgg(tf.cast(hr, tf.float32)), vgg(sr)) if vgg else 0.0
-        return tf.cast(sr[0], tf.uint8), content
+    def content_loss(sr, hr):
+        return losses.content_loss(*(vgg(tf.cast(image[None], tf.float32)) for image in (hr, sr)))
 
     def validate():
-        average()
-        results = [compare(lr[None], hr[None]) for lr, hr in pairs]
-        scalars = {"PSNR": np.mean([losses.psnr(sr.numpy(), hr) for (sr, _), (_, hr) in zip(results, pairs)])}
+        srs = [upscale(lr) for lr, _ in pairs]
+        scalars = {"PSNR": np.mean([losses.psnr(sr, hr) for sr, (_, hr) in zip(srs, pairs)])}
         if vgg:
-            scalars["Validation Content Loss"] = np.mean([float(content) for _, content in results])
-        return scalars, results[0][0].numpy()
+            scalars["Validation Content Loss"] = np.mean([content_loss(sr, hr) for sr, (_, hr) in zip(srs, pairs)])
+        return scalars, {"bicubic": data.bicubic(pairs[0][0]), "SR": srs[0], "HR": pairs[0][1]}
 
     return validate
 
 
-def save_weights(generator, path: Path):
-    with data.atomic_write(path) as temporary:
-        generator.save_weights(temporary)
+def make_averaging(generator, optimizer, images, args) -> tuple[keras.Model, Callable]:
+    """The generator with the averages of the weights over the steps (--ema), and a function that updates it.
 
-
-# --------------------------------------------------------------------------- checkpoints, TensorBoard's logs, options
-
-
-@contextlib.contextmanager
-def writing(what: str):
-    """Turn TensorFlow's errors of a full disk and the like into an OSError of one line."""
-    try:
-        yield
-    except tf.errors.OpError as error:  # its message names operations and temporary files first
-        reason = str(error).splitlines()[0].partition(" [Op:")[0].rpartition("; ")[2]
-        raise OSError(f"can't write {what}, older checkpoints are intact: {reason}") from error
-
-
-class Checkpoints:
-    """The state of one phase, networks and optimizers, in folders `NAME-STEP` that are whole or not there.
-
-    The order of the data needs no state: a batch follows from its step.
+    Normalisation statistics belong to the weights that they were measured with, so the averages get their own, the
+    mean over 16 batches of 16 LR patches. Without --ema, it is `generator`.
     """
+    if not args.ema:
+        return generator, lambda: None
+    averaged = model.generator()
+    averaged.set_weights(generator.get_weights())
+    lrs = [lr for lr, _ in data.patches(images, 16, 0, 16, args.seed, args.jpeg)]
 
-    def __init__(self, folder: Path, name: str, **parts):
-        self.folder, self.name, self.parts = folder, name, parts.values()
-        self.state = tf.train.Checkpoint(**parts)
+    def average():
+        averaged.set_weights(generator.get_weights())
+        optimizer.finalize_variable_values(averaged.trainable_variables)
+        model.measure_statistics(averaged, lrs)
 
-    def path(self, step: int) -> Path:
-        return self.folder / f"{self.name}-{step:07d}"
-
-    def all(self) -> list[Path]:
-        """The checkpoints, newest first. Other names in the folder are ignored."""
-        paths = sorted(self.folder.glob(f"{self.name}-{7 * '[0-9]'}"), reverse=True)
-        return [path for path in paths if path.is_dir()]
-
-    def save(self, step: int):
-        """Write beside the older ones, rename, then remove all but the last few. Raises OSError."""
-        path, new = self.path(step), self.folder / f"{self.name}.new"
-        shutil.rmtree(new, ignore_errors=True)  # left by a run that was killed
-        try:
-            with writing(f"the checkpoint {path}"):
-                self.state.write(str(new / "state"))
-            shutil.rmtree(path, ignore_errors=True)  # damaged
-            os.replace(new, path)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
-        for old in self.all()[KEEP:]:
-            shutil.rmtree(old)
-
-    def restore(self) -> int:
-        """Restore the newest intact checkpoint. Returns its step, 0 if there is none. Raises OSError if all are bad."""
-        paths = self.all()
-        for path in paths:
-            try:
-                self.state.read(str(path / "state")).assert_consumed()
-                return int(path.name.rpartition("-")[2])
-            except (tf.errors.OpError, AssertionError, OSError, ValueError, IndexError) as error:
-                print(f"Warning: the checkpoint {path} is damaged ({type(error).__name__})", file=sys.stderr)
-        if paths:
-            raise OSError(f"no intact checkpoint among {self.folder / self.name}-*: remove them to restart this phase")
-        return 0
-
-    def check_finite(self, step: int, scalars: dict, weights: bool):
-        """Raise FloatingPointError if a loss or, with `weights`, a number of the state is not finite."""
-        state = (variable.numpy() for part in self.parts for variable in part.variables if weights)
-        if not all(np.isfinite(value).all() for value in itertools.chain(scalars.values(), state)):
-            raise FloatingPointError(
-                f"{self.name}: a loss or a weight is not finite after step {step}; last good checkpoint: "
-                f"{next(iter(self.all()), 'none')}. Try a lower learning rate, or --precision float32"
-            )
-
-
-def open_logs(folder: Path, first: int):
-    """TensorBoard's writer in `folder`. TensorBoard drops the points of an earlier writer from step `first` on."""
-    start = tf.compat.v1.SessionLog(status=tf.compat.v1.SessionLog.START)
-    with writing("TensorBoard's logs"):
-        with tf.Graph().as_default(), tf.compat.v1.summary.FileWriter(str(folder)) as session:
-            session.add_session_log(start, first)
-        return tf.summary.create_file_writer(str(folder))
-
-
-def log(writer, step: int, scalars: dict, **images):
-    """Write scalars and images, of one crop, to TensorBoard's file."""
-    with writing("TensorBoard's logs"), writer.as_default(step):
-        for name, value in scalars.items():
-            tf.summary.scalar(name, value)
-        for name, image in images.items():
-            tf.summary.image(f"crop/{name}", image[None])
-        writer.flush()
-
-
-def write_options(run_dir: Path, args, images):
-    """Write `args` to `RUN_DIR/options.json`, and warn if the run was begun on other images."""
-    path = run_dir / "options.json"
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # none yet, or unreadable
-        if json.loads(path.read_text()).get("images", images.fingerprint) != images.fingerprint:
-            print("Warning: the training images have changed since this run began", file=sys.stderr)
-    options = {**vars(args), "images": images.fingerprint}
-    for name in ("data_dir", "weights"):  # to find them from any folder
-        options[name] = options[name] and os.path.abspath(options[name])
-    with data.atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(options, indent=2) + "\n")
-
-
-# ---------------------------------------------------------------------------------------------------------- the loop
-
-
-@dataclasses.dataclass
-class Phase:
-    """One of the two phases of training, as `fit` needs it."""
-
-    name: str  # of its checkpoints and logs
-    steps: int
-    step: Callable  # compiled: (lr, hr) -> dict of scalars
-    state: dict  # networks and optimizers, the contents of a checkpoint; "generator" and its "optimizer" among them
-    seed: int  # of the order of the patches
-    vgg: keras.Model | None = None  # for the content loss of validation
-
-
-def pretrain(args, generator) -> Phase:
-    """SRResNet: the generator alone, on the MSE."""
-    schedule = make_schedule(args.lr_decay, args.lr_pre_gen, args.PREGENSTEPS)
-    state = {"generator": generator, "optimizer": make_optimizer(schedule, generator, args.ema)}
-    return Phase("pretrain", args.PREGENSTEPS, make_pretrain_step(**state), state, args.seed)
-
-
-def train_gan(args, generator, vgg) -> Phase:
-    """SRGAN: the generator against a new discriminator, on the perceptual loss."""
-    keras.utils.set_random_seed(args.seed + 1)  # the same whether or not pre-training ran in this process
-    schedule = make_schedule(args.lr_decay, args.lr_gen, args.STEPS, drop=True)
-    state = {"generator": generator, "discriminator": model.discriminator(args.precision)}
-    state["optimizer"] = make_optimizer(schedule, generator, args.ema)
-    state["discriminator_optimizer"] = make_optimizer(schedule, state["discriminator"])
-    return Phase("gan", args.STEPS, make_gan_step(vgg=vgg, **state), state, args.seed + 1, vgg)
-
-
-@contextlib.contextmanager
-def catch_signals():
-    """Yields a list that gets the first SIGINT or SIGTERM. A second one ends the program at once."""
-    caught = []
-
-    def note(number, frame):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def fit(phase: Phase, weights: Path, images, pairs, args):
-    """Train one phase from its newest checkpoint to its last step, and write the generator's `weights`.
-
-    Raises:
-        SystemExit: after a signal, when the state is saved; the code is 128 plus the signal's number.
-        FloatingPointError: if a loss or a weight is not finite.
-        OSError: if a checkpoint, the logs or the weights can't be written.
-    """
-    name, steps, run_dir, chief = phase.name, phase.steps, Path(args.run_dir), is_chief()
-    checkpoints = Checkpoints(run_dir / "checkpoints", name, **phase.state)
-    start = checkpoints.restore()
-    check_same_step(start)
-    if start >= steps and weights.exists():
-        print(f"{name}: finished before, after {start} steps: see {weights}")
-        return
-
-    average = make_averaging(phase.state["generator"], phase.state["optimizer"], images, args)
-    validate, status = make_validation(average, pairs, phase.vgg), {}
-
-    def evaluate(step):
-        scalars, sr = validate()
-        log(writer, step, scalars, SR=sr)
-        status["PSNR"] = f"{scalars['PSNR']:.2f}"
-
-    writer = open_logs(run_dir / "logs" / name, start and start + 1) if chief else None
-    if start:
-        print(f"{name}: continuing after step {start}")
-    elif chief:
-        log(writer, 0, {}, bicubic=data.bicubic(pairs[0][0]), HR=pairs[0][1])
-        evaluate(0)
-
-    print(f"{name}: compiling the training step ...", flush=True)
-    clock = saved = time.perf_counter()
-    won = 0  # points in a row at which the discriminator made no mistake
-    bar = tqdm(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True)
-    batches = data.patches(images, args.BATCH_SIZE, start, steps, phase.seed, args.jpeg)
-    batches = tf.distribute.get_strategy().experimental_distribute_dataset(batches)  # an equal share for each device
-    with bar, catch_signals() as signals:
-        for step, (lr, hr) in enumerate(batches, start + 1):
-            # Step.
-            scalars = phase.step(lr, hr)
-            first, last, stopping = step == start + 1, step == steps, bool(signals)
-            logging = last or step % LOG_EVERY == 0
-            evaluating = last or step % args.eval_every == 0
-            saving = last or stopping or step % args.save_every == 0 or time.perf_counter() - saved > SAVE_AFTER
-
-            # Log.
-            if first or logging or evaluating or saving:
-                scalars = {key: float(value) for key, value in scalars.items()}  # waits for the device
-                checkpoints.check_finite(step, scalars, weights=evaluating or saving)
-                status.update((key.removesuffix(" Loss"), f"{value:.4g}") for key, value in scalars.items())
-            if chief and logging:
-                log(writer, step, scalars)
-                won = won + 1 if scalars.get("D(HR)", 0) > 0.95 and scalars["D(SR)"] < 0.05 else 0
-                if won == WON_AFTER:
-                    hint = "try a lower --lr_gen, or more --PREGENSTEPS in a new --run_dir"
-                    bar.write(f"Warning: the discriminator tells all images apart: {hint}", file=sys.stderr)
-            if first:
-                bar.write(f"{name}: compiled, with the first step, in {time.perf_counter() - clock:.1f} s")
-                bar.unpause()  # so that the time left doesn't count the compiling
-                clock = time.perf_counter()
-            else:
-                speed = (step - start - 1) * args.BATCH_SIZE / (time.perf_counter() - clock)
-                status["patches/s"] = f"{speed:.1f}"
-
-            # Validate.
-            if chief and evaluating:
-                evaluate(step)
-            bar.set_postfix(status, refresh=False)
-            bar.update()
-
-            # Save. The weights are written first, so that the last checkpoint vouches for them.
-            if chief and last:
-                save_weights(average(), weights)
-            if saving:
-                saved = time.perf_counter()
-                if chief:
-                    checkpoints.save(step)
-
-            # Stop.
-            if signals and saving:
-                if chief:
-                    bar.write(f"Interrupted and saved: the same command continues from {checkpoints.path(step)}")
-                sys.exit(128 + signals[0])
-    if chief and start >= steps:  # the run was finished, and its weights are gone
-        save_weights(average(), weights)
-    check_same_step(steps)  # waits until the weights are there
-    print(f"To upscale: python3 main.py --pretrained --weights {weights}")
-
-
-def train(args):
-    """Train SRResNet and then SRGAN on all devices, as `args` (the flags of main.py) say.
-
-    Whatever could fail later is tried before the first step. Raises what `fit` raises, ValueError and MemoryError.
-    """
-    strategy, run_dir = make_strategy(), Path(args.run_dir)
-    devices = strategy.num_replicas_in_sync
-    if args.BATCH_SIZE % devices:
-        raise ValueError(f"--BATCH_SIZE {args.BATCH_SIZE} must be a multiple of the number of devices, {devices}")
-    if devices > 1:
-        print(f"Training on {devices} devices")
-    try:
-        with strategy.scope(), data.lock(run_dir, wait=False) if is_chief() else contextlib.nullcontext():
-            train_both(args, run_dir)
-    except tf.errors.ResourceExhaustedError as error:
-        raise MemoryError(f"out of memory with --BATCH_SIZE {args.BATCH_SIZE}: try a smaller one") from error
-    except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError) as error:
-        message = "another worker is gone: start the same command on each again, to continue from the last checkpoint"
-        raise ConnectionError(message) from error
-
-
-def train_both(args, run_dir: Path):
-    """Load everything that the two phases share, and run them."""
-    vgg = losses.vgg_features(args.vgg_layer, args.vgg_weights, args.precision) if args.STEPS else None
-    keras.utils.set_random_seed(args.seed)
-    generator = model.generator(args.precision)
-    srresnet, srgan = run_dir / "srresnet.weights.h5", run_dir / "srgan.weights.h5"
-    if args.weights or not args.PREGENSTEPS:
-        model.load_weights(generator, args.weights or srresnet)
-
-    images, valid_images = data.load(args.data_dir)
-    pairs = validation_pairs(valid_images)
-    if is_chief():
-        write_options(run_dir, args, images)
-    print(f"{len(images)} images to train on, {len(valid_images)} to validate on")
-
-    if args.PREGENSTEPS:
-        fit(pretrain(args, generator), srresnet, images, pairs, args)
-        model.load_weights(generator, srresnet)  # averaged, with --ema
-    if args.STEPS:
-        fit(train_gan(args, generator, vgg), srgan, images, pairs, args)
+    return averaged, average

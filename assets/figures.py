@@ -273,8 +273,8 @@ def comparison(path):
     for name in NAMES.values():
         model.load_weights(generator, ROOT / "weights" / f"{name.lower()}.weights.h5")
         images[name] = upscale(lr)
-    images["original"] = data.read_rgb(ROOT / "assets" / "coffee.png")
-    sheet({name: image[10:210, 380:600] for name, image in images.items()}, 2).save(path, optimize=True)
+    images["original"] = data.read_rgb(ROOT / "assets" / "raccoon.jpg")
+    sheet({name: image[150:370, 380:620] for name, image in images.items()}, 2).save(path, optimize=True)
 
 
 def hardest_square(bicubic, hr, side):

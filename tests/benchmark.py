@@ -1,18 +1,22 @@
-"""Speed and memory of training, the data pipeline and upscaling, as a table: `python3 tests/benchmark.py`.
+"""Speed and memory of training, patches and upscaling, as a Markdown table: `python3 tests/benchmark.py`.
 
-Each row is measured in a process of its own, so that its peak memory is its own, too.
+Each row is measured in a process of its own, so that its peak memory is its own, too. XLA takes up to a minute to
+compile a training step for a GPU: there, all rows compile side by side, wait for one another, and are measured one at
+a time.
 """
 
 import argparse
+import contextlib
 import itertools
-import json
 import multiprocessing
 import os
-import platform
 import resource
 import sys
 import tempfile
+import threading
 import time
+import traceback
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -31,10 +35,20 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 
-def training(phase, precision, xla, batch_size, steps=10):
-    """Patches per second of a training step: the median after three others, of which the first compiles.
+def random_pixels(*shape):
+    return np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
 
-    The VGG19 of the GAN ends at block3_conv4; its weights are random.
+
+def seconds(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def training(gpu, phase, batch_size):
+    """Patches per second of training with `--recipe release`, its losses read after each call, as training does.
+
+    The VGG19 has random weights. Batches come from the host's memory.
     """
     import keras
     import tensorflow as tf
@@ -43,141 +57,123 @@ def training(phase, precision, xla, batch_size, steps=10):
     import model
     import train
 
-    train.compiled = partial(train.compiled, xla=xla)
-    lr = tf.constant(np.random.default_rng(0).integers(0, 256, (batch_size, 24, 24, 3), np.uint8))
-    hr = tf.constant(np.random.default_rng(0).integers(0, 256, (batch_size, 96, 96, 3), np.uint8))
-    generator = model.generator(precision)
-    optimizer = train.make_optimizer(1e-4, generator)
+    found, args = [], main.parse(["--recipe", "release"])
+    train.fit = lambda name, step, *rest: found.append(step)  # instead of training
     if phase == "pre-training":
-        step = train.make_pretrain_step(generator, optimizer)
+        train.train_srresnet(model.generator(), None, None, args, None)
     else:
-        with tempfile.TemporaryDirectory() as folder:
-            vgg = keras.applications.VGG19(include_top=False, weights=None)
-            vgg = keras.Model(vgg.input, vgg.get_layer("block3_conv4").output)
-            vgg.save_weights(f"{folder}/random.weights.h5")
-            vgg = losses.vgg_features("block3_conv4", f"{folder}/random.weights.h5", precision)
-        discriminator = model.discriminator(precision)
-        step = train.make_gan_step(generator, discriminator, vgg, optimizer, train.make_optimizer(1e-4, discriminator))
-    seconds = []
-    for _ in range(3 + steps):
-        start = time.perf_counter()
-        [float(value) for value in step(lr, hr).values()]  # waits for the device
-        seconds.append(time.perf_counter() - start)
-    row = {"speed": batch_size / np.median(seconds[3:]), "unit": "patches/s", "first step (s)": seconds[0]}
-    if tf.config.list_physical_devices("GPU"):
-        row["GPU memory (MB)"] = tf.config.experimental.get_memory_info("GPU:0")["peak"] / 1e6
-    return row
+        with tempfile.NamedTemporaryFile(suffix=".weights.h5") as file:
+            keras.applications.VGG19(include_top=False, weights=None).save_weights(file.name)
+            vgg = losses.vgg_features(args.vgg_layer, file.name)
+        train.train_srgan(model.generator(), vgg, None, None, args, None)
+    run, count = train.compiled(found[0])
+    stack = (count, batch_size) if count > 1 else (batch_size,)
+    batch = random_pixels(*stack, 24, 24), random_pixels(*stack, 96, 96)
+    batches = iter(tf.data.Dataset.from_tensors(batch).repeat().prefetch(1))
+
+    def call():
+        scalars = run(*next(batches), tf.constant(0), tf.constant(count))
+        [float(value) for value in scalars.values()]  # waits for the device
+
+    call()
+    with turn():
+        _, _, *times = [seconds(call) for _ in range(22 if gpu else 10)]
+    return count * batch_size / np.median(times), "patches/s"
 
 
-def patches(data_dir, jpeg, batch_size, seconds=5):
-    """Patch pairs per second out of `data.patches` from a prepared store that has been read once.
+def patches(gpu, data_dir, jpeg, batch_size):
+    """Pairs of patches per second, of prepared images that have been read once.
 
     `data_dir`: images to read; None: twenty of 2 megapixels, made for the purpose. The memory counts the pages of the
-    store that the system happens to keep, and can drop again.
+    prepared images that the system happens to keep, and can drop again.
     """
     with tempfile.TemporaryDirectory() as folder:
-        if data_dir is None:
-            data.FOLDER, data_dir = Path(folder) / "data", folder
-            for i in range(20):
-                image = np.random.default_rng(i).integers(0, 256, (1152, 1728, 3), np.uint8)
-                Image.fromarray(image).save(Path(folder) / f"{i}.bmp")
-        images, _ = data.load(data_dir)
+        for i in range(0 if data_dir else 20):
+            Image.fromarray(random_pixels(1152, 1728)).save(Path(folder) / f"{i}.bmp")
+        images, _ = data.load(data_dir or folder, None if data_dir else folder)
         [hr.max() for _, hr in images]  # now in memory as far as it fits
-        batches = iter(data.patches(images, batch_size, 0, sys.maxsize - 1, seed=0, jpeg=jpeg))
-        for _ in itertools.islice(batches, 20):
-            pass
-        count, start = 0, time.perf_counter()
-        while time.perf_counter() - start < seconds:
-            next(batches)
-            count += batch_size
-        return {"speed": count / (time.perf_counter() - start), "unit": "patches/s"}
+        batches = iter(data.patches(images, batch_size, 0, 9_999_999, seed=0, jpeg=jpeg))
+        with turn():
+            times = [seconds(partial(next, batches)) for _ in range(320)]
+        return batch_size / np.mean(times[20:]), "patches/s"
 
 
-def tiling_overhead(height, width, trunk_tile=768, tail_tile=128):
-    """The arithmetic that tiles spend on overlap, as a part of what one piece takes."""
+def upscaling(gpu, width, height):
+    """Megapixels of the result per second: the best of three after a first; of large images on a CPU, the first."""
     import model
 
-    trunk, tail = 9 * 9 * 3 * 64 + 33 * 9 * 64 * 64, 5 * 9 * 64 * 256 + 4 * 25 * 256 * 12  # multiplications a pixel
-    total = 0
-    for tile, part in model.grid(height, width, trunk_tile, model.TRUNK_HALO + model.TAIL_HALO):
-        total += trunk * model.area(tile)
-        rows, columns = (
-            min(p.stop + model.TAIL_HALO, t.stop) - max(p.start - model.TAIL_HALO, t.start) for t, p in zip(tile, part)
-        )
-        total += tail * sum(model.area(inner) for inner, _ in model.grid(rows, columns, tail_tile, model.TAIL_HALO))
-    return total / ((trunk + tail) * height * width) - 1
+    run = partial(model.make_upscaler(model.generator()), random_pixels(height, width))
+    several = gpu or width < 1000
+    if several:
+        run()
+    with turn():
+        best = min(seconds(run) for _ in range(3 if several else 1))
+    return data.SCALE**2 * height * width / best / 1e6, "megapixels/s"
 
 
-def upscaling(height, width, precision):
-    """Megapixels of the result per second: the best of three for small images, after one that traces."""
-    import model
-
-    upscaler = model.make_upscaler(model.generator(precision))
-    lr = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
-    seconds = []
-    for _ in range(4 if height * width < 10**6 else 1):
-        start = time.perf_counter()
-        upscaler(lr)
-        seconds.append(time.perf_counter() - start)
-    speed = data.SCALE**2 * height * width / min(seconds) / 1e6
-    return {"speed": speed, "unit": "megapixels/s", "tiling overhead": tiling_overhead(height, width)}
+def rows(data_dir, batch_sizes):
+    """The table: name, precision, function and its arguments."""
+    precisions = ("float32", "bfloat16")
+    for phase, precision, size in itertools.product(("pre-training", "GAN"), precisions, batch_sizes):
+        yield f"{phase}, {precision}, batch {size}", precision, training, phase, size
+    for name, jpeg in (("patches", None), ("patches, half of them JPEG", "60-95")):
+        yield name, "float32", patches, data_dir, jpeg, batch_sizes[-1]
+    for (width, height), precision in itertools.product(((480, 270), (1920, 1080)), precisions):
+        yield f"upscaling {width}x{height}, {precision}", precision, upscaling, width, height
 
 
-def measure(function, *arguments):
-    """In a fresh process. Returns the row."""
-    if function is training:
-        os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # as main.py sets it
-    main.start_tensorflow()
-    row = function(*arguments)
-    return {**row, "memory (MB)": peak_memory()}
+def share(*objects):
+    """Give a new process the barrier and the lock."""
+    global READY, LOCK
+    READY, LOCK = objects
 
 
-def machine():
-    name = main.start_tensorflow()
-    with open("/proc/cpuinfo") if Path("/proc/cpuinfo").exists() else open(os.devnull) as file:
-        names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    return f"{name} ({names[0] if names else platform.machine()}), TensorFlow {version('tensorflow')}"
+@contextlib.contextmanager
+def turn():
+    """Wait until all processes are ready, then let one at a time go on."""
+    with contextlib.suppress(threading.BrokenBarrierError):  # one failed, or takes too long
+        READY.wait(timeout=150)
+    with LOCK:
+        yield
 
 
-def rows(args):
-    """The table: name, function and its arguments."""
-    for phase in ("pre-training", "GAN"):
-        for precision in ("float32", "bfloat16"):
-            for xla in (False, True):
-                name = f"{phase}, {precision}{', XLA' if xla else ''}"
-                yield name, training, phase, precision, xla, args.BATCH_SIZE
-    yield "patches", patches, args.data_dir, None, args.BATCH_SIZE
-    yield "patches, half of them JPEG", patches, args.data_dir, "30-95", args.BATCH_SIZE
-    for width, height in ((128, 128), (480, 270), (1920, 1080)):
-        for precision in ("float32", "bfloat16"):
-            yield f"upscaling {width}x{height}, {precision}", upscaling, height, width, precision
+def measure(gpu, name, precision, function, *arguments):
+    """Returns a line of the table."""
+    if function is not upscaling:
+        os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # as main.py does
+    main.start_tensorflow(precision)
+    import tensorflow as tf
+
+    try:
+        speed, unit = function(gpu, *arguments)
+    except Exception as error:
+        READY.abort()
+        traceback.print_exc()
+        return f"| {name} | {type(error).__name__} | | |"
+    device = f"{tf.config.experimental.get_memory_info('GPU:0')['peak'] / 1e6:,.0f} MB" if gpu else ""
+    return f"| {name} | {speed:,.{0 if speed > 100 else 1}f} {unit} | {peak_memory():,.0f} MB | {device} |"
 
 
 def run(args):
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        result = {"machine": pool.apply(machine), "batch size": args.BATCH_SIZE, "rows": []}
-        print(
-            f"{result['machine']}; batches of {args.BATCH_SIZE}\n\n| | speed | peak memory | |\n|---|---|---|---|",
-            flush=True,
-        )
-        for name, *call in rows(args):
-            if args.only not in name:
-                continue
-            row = pool.apply(measure, call)
-            result["rows"].append({"name": name, **row})
-            speed, unit, memory = row.pop("speed"), row.pop("unit"), row.pop("memory (MB)")
-            notes = "; ".join(f"{key} {value:.{2 if value < 1 else 0}f}" for key, value in row.items())
-            digits = 0 if speed > 100 else 2 if speed < 10 else 1
-            print(f"| {name} | {speed:,.{digits}f} {unit} | {memory:,.0f} MB | {notes} |", flush=True)
-    if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn) as pool:
+        machine = pool.submit(main.start_tensorflow).result()
+    gpu = not machine.startswith("CPU")
+    batch_sizes = [args.BATCH_SIZE] if args.BATCH_SIZE else [16, 128] if gpu else [16]
+    todo = [row for row in rows(args.data_dir, batch_sizes) if args.only in row[0]]
+    jobs = args.jobs or (len(todo) if gpu else 1)
+    print(f"{machine}, TensorFlow {version('tensorflow')}", "| | speed | memory | GPU memory |", sep="\n\n")
+    print("|---|---|---|---|", flush=True)
+    for group in (todo[i : i + jobs] for i in range(0, len(todo), jobs)):
+        with ProcessPoolExecutor(len(group), spawn, share, (spawn.Barrier(len(group)), spawn.Lock())) as pool:
+            for line in [pool.submit(measure, gpu, *row) for row in group]:
+                print(line.result(), flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--BATCH_SIZE", type=int, default=16, metavar="N", help="patches in a step")
-    parser.add_argument("--data_dir", metavar="DIR", help="images to read instead of made ones")
-    parser.add_argument("--only", default="", metavar="TEXT", help="the rows whose names hold this")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers there, too")
+    parser.add_argument("--BATCH_SIZE", type=int, help="patches in a step (default: 16; on a GPU, also 128)")
+    parser.add_argument("--data_dir", help="images to cut patches from, instead of made ones")
+    parser.add_argument("--only", default="", help="the rows whose names hold this")
+    parser.add_argument("--jobs", type=int, help="rows to prepare at once (default: 1; on a GPU, all)")
     run(parser.parse_args())

@@ -1,20 +1,24 @@
-"""Small images with edges and texture, a VGG19 of random weights, and whole runs on them in processes of their own.
+"""Small images with edges and texture, a VGG19 of random weights, and trainings with them."""
 
-Nothing is read from outside the repository.
-"""
-
-import json
 import multiprocessing
 import os
-import socket
-import sys
+import signal
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # as in training
+os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # where other processes find `tiny`
 
+import keras
 import numpy as np
 import pytest
+import tiny
 from PIL import Image, ImageDraw
+
+import main
+
+FLAGS = "--BATCH_SIZE 4 --PREGENSTEPS 23 --STEPS 34 --save_every 2 --eval_every 10 --seed 3 --ema 0.9"
+SIGNALS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
 
 def make_image(seed, width=128, height=112):
@@ -32,6 +36,37 @@ def make_image(seed, width=128, height=112):
     return np.uint8(noisy.clip(0, 255))
 
 
+def run(*argv):
+    return main.main([str(word) for word in argv])
+
+
+def refusal(capsys, *argv, started=False):
+    """Run the program, which must fail with one line on stderr, after or before TensorFlow was started. Returns it."""
+    capsys.readouterr()
+    try:
+        code = run(*argv)
+    except SystemExit as stop:
+        code = stop.code
+    printed = capsys.readouterr()
+    assert code in (1, 2) and printed.err.count("\n") == 1 and ("Running on" in printed.out) == started, printed
+    return printed.err
+
+
+def training(photos, run_dir, *more):
+    """The command line of a training. Of a flag that is given twice, the last holds."""
+    folders = ["--data_dir", photos, "--cache_dir", photos.with_name("cache"), "--run_dir", run_dir]
+    return [str(word) for word in (*folders, *FLAGS.split(), *more)]
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    """What the program sets for its process is reset after each test."""
+    yield
+    for number, handler in SIGNALS.items():
+        signal.signal(number, handler)
+    keras.config.set_dtype_policy("float32")
+
+
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
     """A folder with `train/` and `valid/`."""
@@ -45,41 +80,29 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def vgg_weights(tmp_path_factory):
-    """A `.weights.h5` of VGG19 up to block2_conv2, random."""
-    import keras
-
+    """A file of VGG19 with random weights."""
     keras.utils.set_random_seed(0)
-    vgg = keras.applications.VGG19(include_top=False, weights=None)
     path = tmp_path_factory.mktemp("vgg") / "vgg19.weights.h5"
-    keras.Model(vgg.input, vgg.get_layer("block2_conv2").output).save_weights(path)
+    keras.applications.VGG19(include_top=False, weights=None).save_weights(path)
     return path
 
 
-FLAGS = "--PREGENSTEPS 20 --STEPS 40 --save_every 2 --eval_every 10 --seed 3 --ema 0.9"
-
-
 @pytest.fixture(scope="session")
-def start(photos, tmp_path_factory):
-    """`start(run_dir, flags, **options)` starts a training like `tiny.run` and returns its process.
+def start(photos):
+    """`start(run_dir, *flags, **options)` starts a training in a process of its own, like `tiny.run`, and returns it.
 
     What the process prints is in the file `process.output`. It is forked from one that has imported TensorFlow.
     """
-    import tiny
-
-    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+    context, processes = multiprocessing.get_context("forkserver"), []
     context.set_forkserver_preload(["tiny"])
-    processes, folder = [], tmp_path_factory.mktemp("tiny")
 
-    def start(run_dir, flags=FLAGS, **options):
-        argv = ["--data_dir", str(photos), "--run_dir", str(run_dir), "--BATCH_SIZE", "4", *flags.split()]
+    def start(run_dir, *flags, **options):
         output = run_dir.with_suffix(f".{len(processes)}.log")
         output.touch()
-        process = context.Process(target=tiny.run, args=(argv, folder, output), kwargs=options)
+        process = context.Process(target=tiny.run, args=(training(photos, run_dir, *flags), output), kwargs=options)
         process.output = output
+        process.start()
         processes.append(process)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where to import tiny from
-            process.start()
         return process
 
     yield start
@@ -88,31 +111,10 @@ def start(photos, tmp_path_factory):
         process.join()
 
 
-def start_workers(start, run_dir, count=2):
-    with socket.socket() as one, socket.socket() as other:
-        for each in (one, other):
-            each.bind(("127.0.0.1", 0))
-        cluster = {"worker": [f"127.0.0.1:{each.getsockname()[1]}" for each in (one, other)]}
-    return [
-        start(run_dir, TF_CONFIG=json.dumps({"cluster": cluster, "task": {"type": "worker", "index": i}}))
-        for i in range(count)
-    ]
-
-
 @pytest.fixture(scope="session")
-def runs(start, tmp_path_factory, vgg_weights):
-    """A folder of runs, and the processes of each by its name."""
-    folder, real = tmp_path_factory.mktemp("runs"), "--PREGENSTEPS 1 --STEPS 1 --vgg_layer block2_conv2"
-    return folder, {
-        "whole": [start(folder / "whole")],
-        "real": [start(folder / "real", f"{real} --vgg_weights {vgg_weights}", real_networks=True)],
-        "devices": [start(folder / "devices", devices=2)],
-        "workers": start_workers(start, folder / "workers"),
-    }
-
-
-@pytest.fixture(scope="session", autouse=True)
-def start_early(request):
-    """Start the runs before the first test, if any test needs them: they keep the second core busy meanwhile."""
-    if any("runs" in item.fixturenames for item in request.session.items):
-        request.getfixturevalue("runs")
+def whole(start, tmp_path_factory):
+    """The folder of a training of tiny networks that nothing disturbs, and what it printed."""
+    process = start(tmp_path_factory.mktemp("whole") / "run")
+    process.join()
+    assert process.exitcode == 0
+    return process.output.with_name("run"), process.output.read_text()

@@ -3,258 +3,126 @@
 import json
 import os
 import re
-import signal
+import runpy
+import shutil
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 
 import keras
-import numpy as np
 import pytest
+import tiny
+from conftest import refusal, run
 from PIL import Image
 
-import data
 import main
+import model
 
 PROGRAM = Path(main.__file__).resolve()
-WEIGHTS = str(main.WEIGHTS / "srgan.weights.h5")
 
 
-@pytest.fixture(autouse=True)
-def restored(monkeypatch, tmp_path):
-    """What `main.main` changes in the process is restored, and what training keeps goes to a temporary folder."""
-    monkeypatch.setattr(data, "FOLDER", tmp_path / "data")
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
-
-
-def run(*argv):
-    return main.main([str(word) for word in argv])
+def process(*argv, **options):
+    return subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True, **options)
 
 
 def test_help_needs_no_package_and_shows_the_known_flags_first():
-    done = subprocess.run([sys.executable, "-S", PROGRAM, "-h"], capture_output=True, text=True, check=True)  # no site
+    done = process("-S", PROGRAM, "-h", check=True)  # -S: without packages
     flags = re.findall(r"^  (--\w+)", done.stdout, re.MULTILINE)
     assert flags[:6] == ["--STEPS", "--PREGENSTEPS", "--BATCH_SIZE", "--lr_pre_gen", "--lr_gen", "--pretrained"]
-    text = " ".join(done.stdout.split())
-    for flag, default in (("STEPS", 2000), ("PREGENSTEPS", 2000), ("BATCH_SIZE", 128), ("lr_gen", 0.0001)):
-        assert re.search(rf" --{flag} [A-Z]+ (?:(?! --\w).)*\(default: {default}\)", text), flag
+    assert all(f"(default: {default})" in done.stdout for default in (2000, 128, 0.0001, "paper"))
 
 
-@pytest.mark.parametrize(
-    "argv, code, message",
-    [
-        ("--weights nowhere.weights.h5", 2, "no such weights file: nowhere.weights.h5"),
-        ("", 2, "run pip install -r requirements.txt"),
-    ],
+def test_a_refusal_comes_before_tensorflow_and_is_exit_code_2():
+    done = process("-X", "importtime", PROGRAM, "--pretrained", "--input", "nowhere.png")
+    assert done.returncode == 2 and "nowhere.png" in done.stderr.splitlines()[-1] and "tensorflow" not in done.stderr
+    done = process("-S", PROGRAM, "--pretrained")
+    assert done.returncode == 2 and "requirements.txt" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("line", ["import kears", "from pathlib import Paht"])
+def test_a_misspelt_import_shows_its_traceback(tmp_path, line):
+    shutil.copy(PROGRAM, tmp_path)
+    (tmp_path / "data.py").write_text(line)
+    done = process(tmp_path / "main.py", "--pretrained")
+    assert f"\n    {line}\n" in done.stderr and "requirements.txt" not in done.stderr
+    assert re.match("(ModuleNotFound|Import)Error: .*(kears|Paht)", done.stderr.splitlines()[-1])
+
+
+@pytest.mark.parametrize("error, line", [(OSError("no\nfile"), "no file"), (MemoryError(), "out of memory")])
+def test_what_a_user_can_mend_is_one_line_and_a_bug_is_a_traceback(monkeypatch, capsys, error, line):
+    def fail():
+        warnings.warn("tag 296 had\ntoo many entries")
+        raise error
+
+    monkeypatch.setattr(model, "generator", fail)
+    argv = "--pretrained", "--input", PROGRAM.with_name("input.jpg")
+    assert run(*argv) == 1
+    assert capsys.readouterr().err.splitlines() == ["Warning: tag 296 had too many entries", f"main.py: {line}"]
+    error = KeyboardInterrupt()
+    assert run(*argv) == 130
+    monkeypatch.setattr(model, "generator", lambda: keras.layers.Dense(-1))
+    with pytest.raises(ValueError):
+        run(*argv)
+
+
+WRONG = (
+    "--STEPS -1; --STEPS 1.5; --STEPS 9223372036854775808; --PREGENSTEPS x; --BATCH_SIZE 0; --lr_pre_gen 0; "
+    "--lr_gen nan; --lr_gen inf; --adversarial -1; --recipe none; --ema 1; --jpeg 90-80; --jpeg 0-80; --jpeg 70-; "
+    "--precision float64; --vgg_layer block9_conv9; --save_every 0; --seed -1; --blend 1.5; --run_dir runs[1]; "
+    "--nonsense; --pretrain; --ensemble; --skip_existing; --pretrained --evaluate tests; --STEPS 0 --PREGENSTEPS 0; "
+    "--input= ; --json a.json"
 )
-def test_without_the_packages_there_is_one_clear_line(argv, code, message):
-    done = subprocess.run(
-        [sys.executable, "-S", PROGRAM, "--pretrained", *argv.split()], capture_output=True, text=True
-    )
-    assert done.returncode == code and message in done.stderr and done.stderr.count("\n") == 1
+MISSING = "--data_dir nowhere; --vgg_weights nowhere; --weights nowhere; --PREGENSTEPS 0 --run_dir nowhere"
 
 
-@pytest.mark.parametrize(
-    "argv, message",
-    [
-        ("--STEPS -1", "--STEPS: must be a whole number from 0 to 9999999, not -1"),
-        ("--STEPS 1.5", "--STEPS: must be a whole number from 0 to 9999999, not 1.5"),
-        ("--STEPS 9223372036854775808", "--STEPS"),
-        ("--PREGENSTEPS x", "--PREGENSTEPS"),
-        ("--BATCH_SIZE 0", "--BATCH_SIZE"),
-        ("--BATCH_SIZE 99999999999999999999999", "--BATCH_SIZE"),
-        ("--lr_pre_gen 0", "--lr_pre_gen"),
-        ("--lr_gen nan", "--lr_gen"),
-        ("--lr_gen inf", "--lr_gen"),
-        ("--STEPS 0 --PREGENSTEPS 0", "nothing to train"),
-        ("--PREGENSTEPS 0 --run_dir nowhere", "--PREGENSTEPS above 0"),
-        ("--pretrained --blend 1.5", "--blend"),
-        ("--ema 1", "--ema"),
-        ("--jpeg 90-80", "--jpeg: must be two qualities from 1 to 100, as in 70-95, not 90-80"),
-        ("--jpeg 0-80", "--jpeg"),
-        ("--jpeg 70-", "--jpeg"),
-        ("--vgg_layer block9_conv9", "--vgg_layer"),
-        ("--vgg_weights nowhere.h5", "nowhere.h5"),
-        ("--precision float64", "--precision"),
-        ("--save_every 0", "--save_every"),
-        ("--seed -1", "--seed"),
-        ("--data_dir nowhere", "nowhere"),
-        ("--weights nowhere.weights.h5", "nowhere.weights.h5"),
-        ("--weights .", "no such weights file"),
-        ("--input a.png", "--input needs --pretrained"),
-        ("--output=a.png", "--output needs --pretrained"),
-        ("--json a.json", "--json needs --evaluate"),
-        ("--ensemble", "--ensemble needs --pretrained or --evaluate"),
-        ("--pretrained --STEPS 5 --jpeg 70-95", "--STEPS can't be used with --pretrained"),
-        ("--evaluate . --run_dir x", "--run_dir can't be used with --evaluate"),
-        ("--evaluate . --input a.png", "--input can't be used with --evaluate"),
-        ("--export x --precision bfloat16", "--precision can't be used with --export"),
-        ("--pretrained --evaluate tests", "different tasks"),
-        ("--evaluate nowhere", "nowhere"),
-        ("--evaluate=", "--evaluate is empty"),
-        ("--weights=", "--weights is empty"),
-        ("--run_dir=", "--run_dir is empty"),
-        ("--pretrained --input=", "--input is empty"),
-        ("--nonsense", "--nonsense"),
-    ],
-)
-def test_wrong_flag_is_one_line_and_exit_code_2(argv, message, capsys):
-    try:
-        code = run(*argv.split())
-    except SystemExit as stop:
-        code = stop.code
-    error = capsys.readouterr().err
-    assert code == 2 and message in error and error.count("\n") == 1
+@pytest.mark.parametrize("flags", f"{WRONG}; {MISSING}".split("; "))
+def test_wrong_flags_and_missing_files_are_one_line(flags, capsys):
+    assert ("nowhere" if "nowhere" in flags else re.split("[ =]", flags)[0]) in refusal(capsys, *flags.split())
 
 
-def test_args_are_what_the_user_typed():
-    args = main.parse("--STEPS 3 --BATCH_SIZE 5 --lr_pre_gen 1e-3 --jpeg 75-90 --ema 0.9 --data_dir ./photos".split())
-    assert (args.STEPS, args.BATCH_SIZE, args.lr_pre_gen, args.ema, args.data_dir) == (3, 5, 1e-3, 0.9, "./photos")
-    assert args.jpeg == "75-90" and main.parse(["--jpeg=80"]).jpeg == "80-80"
-    assert (args.PREGENSTEPS, args.weights, args.pretrained) == (2000, None, False)
-
-
-# ----------------------------------------------------------------------------------------------------------- training
-
-
-@pytest.fixture
-def checked(monkeypatch):
-    """`checked(*argv)`: whether a training with these flags passes all checks; it ends there."""
-
-    class Passed(Exception):
-        pass
-
-    def start():
-        raise Passed
-
-    def checked(*argv):
-        try:
-            assert run(*argv) == 2
-        except Passed:
-            return True
-        return False
-
-    monkeypatch.setattr(main, "start_tensorflow", start)
-    return checked
-
-
-@pytest.mark.parametrize("name", ["srresnet.weights.h5", "srgan.weights.h5"])
-def test_a_folder_in_place_of_the_results_is_refused(checked, tmp_path, capsys, name):
-    (tmp_path / name).mkdir()
-    assert not checked("--run_dir", tmp_path)
-    assert f"{tmp_path / name}: it is a folder" in capsys.readouterr().err
-
-
-def test_a_run_folder_that_cannot_be_made_is_refused(checked, tmp_path, capsys):
-    (tmp_path / "file").write_text("in the way")
-    assert not checked("--run_dir", tmp_path / "file" / "run")
-    assert "not a folder" in capsys.readouterr().err
-
-
-def test_a_run_folder_that_tensorflow_would_take_for_a_pattern_is_refused(checked, capsys):
-    assert not checked("--run_dir", "runs[1]")
-    assert "as a pattern" in capsys.readouterr().err
-
-
-@pytest.fixture
-def resumed(tmp_path, monkeypatch):
-    """Flags of a run that was interrupted in its pre-training, and its folder, with names that aren't its own."""
-    monkeypatch.chdir(tmp_path)
-    Path("photos").mkdir()
-    flags = ["--run_dir", "run", "--data_dir", "photos", "--jpeg", "70-95"]
-    for name in ("pretrain-0000005", "pretrain-x1", "gan-", ".DS_Store"):
-        Path("run", "checkpoints", name).mkdir(parents=True)
-    Path("run", "options.json").write_text(json.dumps(vars(main.parse(flags))))
-    return flags, Path("run")
-
-
-def test_what_may_change_when_a_run_is_resumed(checked, resumed, capsys):
-    flags, run_dir = resumed
-    later = ["--lr_gen", 1e-5, "--STEPS", 9000, "--data_dir", "./photos"]
-    assert checked(*flags) and checked(*flags, *later)
-    assert checked(*flags, "--vgg_layer", "block2_conv2", "--PREGENSTEPS", 9)
-    for more, message in (
-        (["--BATCH_SIZE", 8], "was started with --BATCH_SIZE 128, not with --BATCH_SIZE 8"),
-        (["--jpeg", "70-90"], "was started with --jpeg 70-95, not with --jpeg 70-90"),
-        (["--weights", WEIGHTS], "was started without --weights, not with --weights"),
+def test_the_default_is_the_paper_and_a_flag_beside_a_recipe_wins():
+    names = "vgg_layer", "adversarial", "colour", "artifact", "lr_decay", "ema", "jpeg"
+    mixed = "--ema 0 --colour 5 --recipe release --vgg_layer block5_conv4 --adversarial 1e-3"
+    for flags, expected in (
+        ("", ["block5_conv4", 1e-3, 0, 0, "paper", 0, None]),
+        ("--recipe release", ["block3_conv4", 3e-3, 10, 32, "cosine", 0.999, "60-95"]),
+        (mixed, ["block5_conv4", 1e-3, 5, 32, "cosine", 0, "60-95"]),
     ):
-        assert not checked(*flags, *more)
-        assert message in capsys.readouterr().err
-    (run_dir / "checkpoints" / "gan-0000005").mkdir()
-    assert checked(*flags) and not checked(*flags, "--vgg_layer", "block2_conv2")
+        args = main.parse(flags.split())
+        assert [getattr(args, name) for name in names] == expected
 
 
-@pytest.mark.parametrize("text", ["", "[]", "3", '"text"', "[[1, 2]]", '{"seed": {}, "data_dir": 5}', "\0"])
-def test_options_that_are_not_a_run_s_are_one_line(checked, resumed, capsys, text):
-    flags, run_dir = resumed
-    (run_dir / "options.json").write_text(text)
-    assert not checked(*flags)
-    assert capsys.readouterr().err.count("\n") == 1
+def test_a_notebook_can_run_the_program_twice(tmp_path, monkeypatch, capsys):
+    """As `%run main.py` does: in the notebook's process, where the cells after it still print."""
+    tiny.use(monkeypatch.setattr)
+    tiny.generator().save_weights(tmp_path / "a.weights.h5")
+    Image.new("RGB", (24, 16)).save(tmp_path / "input.jpg")
+    monkeypatch.chdir(tmp_path)
+    stdout, flags = sys.stdout, ["--pretrained", "--weights", "a.weights.h5", "--precision"]
+    for precision, policy in (("bfloat16", "mixed_bfloat16"), ("float32", "float32")):
+        monkeypatch.setattr(sys, "argv", ["main.py", *flags, precision])
+        with pytest.raises(SystemExit, match="0"):
+            runpy.run_path(str(PROGRAM), run_name="__main__")
+        with Image.open("output.jpg") as image:  # the names by default
+            assert image.size == (96, 64) and image.format == "JPEG"
+            assert image.layer[0][1:3] == image.layer[1][1:3] == (1, 1)  # colours at full resolution
+        os.remove("output.jpg")
+        print("the next cell")
+        assert sys.stdout is stdout and "the next cell" in capsys.readouterr().out
+        assert keras.config.dtype_policy().name == policy
 
 
-@pytest.mark.parametrize("what", ["empty", "no_image", "small"])
-def test_data_that_cannot_be_used_is_one_line(tmp_path, capsys, what):
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    if what == "no_image":
-        (folder / "a.png").write_text("text")
-    if what == "small":
-        Image.fromarray(np.zeros((95, 200, 3), np.uint8)).save(folder / "a.png")
-    assert run("--data_dir", folder, "--STEPS", 0, "--run_dir", tmp_path / "run") == 1
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("main.py: ") and "no usable" in error
-
-
-# ------------------------------------------------------------------------------------------------ signals and streams
-
-
-def test_sigterm_removes_what_is_half_written(tmp_path, monkeypatch):
-    def half(network, file, *args, **kwargs):
-        Path(file).write_text("half")
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(keras.Model, "export", half)
-    with pytest.raises(SystemExit) as stop:
-        run("--export", tmp_path / "a.tflite")
-    assert stop.value.code == 143 and not list(tmp_path.iterdir())
-
-
-def test_ctrl_c_is_exit_code_130(tmp_path, monkeypatch):
-    def interrupted():
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(main, "start_tensorflow", interrupted)
-    assert run("--run_dir", tmp_path / "run") == 130
-
-
-def test_a_warning_is_one_line_from_the_start(monkeypatch, capsys):
-    def warn(args):
-        warnings.warn("Metadata Warning, tag 296 had too many entries:\n2, expected 1")
-        raise ValueError("no weights")
-
-    monkeypatch.setattr(main, "find_weights", warn)
-    assert run("--pretrained") == 2
-    warning, error = capsys.readouterr().err.splitlines()
-    assert warning == "Warning: Metadata Warning, tag 296 had too many entries: 2, expected 1"
-    assert error == "main.py: no weights"
-
-
-def test_printing_never_ends_the_work(tmp_path):
-    """A name that the terminal can't show, an output that nobody reads any more, errors that go nowhere."""
+def test_odd_surroundings(tmp_path):
+    """Names that the terminal can't show, one core of more, and Keras set up for something else."""
     Image.new("RGB", (9, 8)).save(tmp_path / "ü.png")
-    Image.new("RGB", (9, 8)).save(tmp_path / "z.png")
     (tmp_path / "ö.png").write_text("bad")
-    reader, writer = os.pipe()
-    os.close(reader)
-    done = subprocess.run(
-        ["sh", "-c", '"$0" "$@" 2>&-', sys.executable, PROGRAM, "--pretrained", "--input", ".", "--output", "out"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONIOENCODING": "ascii:strict"},
-        stdout=writer,
-    )
-    os.close(writer)
-    assert done.returncode == 1  # for the bad image
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["z.png", "ü.png"]
+    keras_json = {"image_data_format": "channels_first", "floatx": "float16", "backend": "jax"}
+    (tmp_path / "keras.json").write_text(json.dumps(keras_json))
+    odd = {"KERAS_HOME": str(tmp_path), "KERAS_BACKEND": "jax", "PYTHONIOENCODING": "ascii"}
+    one = {min(os.sched_getaffinity(0))} if hasattr(os, "sched_getaffinity") else set()
+    options = {"cwd": tmp_path, "env": os.environ | odd, "preexec_fn": lambda: one and os.sched_setaffinity(0, one)}
+    done = process(PROGRAM, "--pretrained", "--input", ".", "--output", "out", **options)
+    assert done.returncode == 1 and "?.png" in done.stdout and "1 of 2" in done.stderr and "\r" not in done.stderr
+    assert os.listdir(tmp_path / "out") == ["ü.png"]
+    assert "GPU" in done.stdout or not one or "CPU with 1 core\n" in done.stdout

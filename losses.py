@@ -10,8 +10,6 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-# ------------------------------------------------------------------------------------------------------------ losses
-
 
 def mse_loss(hr, sr):
     """Equation 4, on the paper's range of -1 to 1."""
@@ -24,7 +22,6 @@ def mse_loss(hr, sr):
 FEATURE_SCALES = {"block2_conv2": 1 / 510, "block3_conv4": 1 / 1600, "block5_conv4": 1 / 12.75}
 
 IMAGENET_MEAN = np.float32([103.939, 116.779, 123.68])  # of B, G and R
-
 VGG_URL = "https://storage.googleapis.com/tensorflow/keras-applications/vgg19/"
 VGG_URL += "vgg19_weights_tf_dim_ordering_tf_kernels_notop.h5"
 
@@ -32,15 +29,8 @@ VGG_URL += "vgg19_weights_tf_dim_ordering_tf_kernels_notop.h5"
 def vgg_features(layer: str, weights=None) -> keras.Model:
     """The map phi of equation 5: VGG19 up to `layer` (after its ReLU), frozen, from images to scaled features.
 
-    Args:
-        layer: a key of `FEATURE_SCALES`.
-        weights: Keras's `notop` file. None: Keras downloads it on first use.
-
-    Returns:
-        A model from `(batch, h, w, 3)`, 0 to 255, to `(batch, h / 2^k, w / 2^k, channels)` float32.
-
-    Raises:
-        OSError: if the file can't be downloaded, is damaged or doesn't fit.
+    Those are `(batch, h / 2^k, w / 2^k, channels)` float32. `weights` is Keras's `notop` file; None: Keras downloads it
+    on first use. Raises OSError if the file can't be downloaded, is damaged or doesn't fit.
     """
     try:
         with warnings.catch_warnings():
@@ -53,9 +43,7 @@ def vgg_features(layer: str, weights=None) -> keras.Model:
     rgb = keras.Input((None, None, 3))
     bgr = keras.ops.flip(rgb, axis=-1) - IMAGENET_MEAN  # as Keras's preprocess_input
     features = keras.layers.Rescaling(FEATURE_SCALES[layer], dtype="float32")(vgg(bgr))
-    model = keras.Model(rgb, features, name="vgg_features")
-    model.trainable = False
-    return model
+    return keras.Model(rgb, features, name="vgg_features", trainable=False)
 
 
 def content_loss(features_hr, features_sr):
@@ -105,9 +93,6 @@ def artifact_loss(hr, sr):
     return tf.reduce_mean(tf.stop_gradient(weight) * error)
 
 
-# ----------------------------------------------------------------------------------------------------------- metrics
-
-
 def luma(image):
     """The Y of BT.601, 16 to 235, of RGB, MATLAB's rgb2ycbcr without rounding; a single channel is taken as it is.
 
@@ -116,17 +101,13 @@ def luma(image):
     return image[..., 0].astype(float) if image.shape[-1] == 1 else 16 + image @ [65.481, 128.553, 24.966] / 255
 
 
-def _inner_luma(image, border):
-    return luma(image)[border : image.shape[0] - border, border : image.shape[1] - border]
-
-
-def psnr(sr, hr, border=4):
-    """Peak signal-to-noise ratio of Y in dB, without `border` pixels at each side (section 3.1); inf if equal."""
-    mse = np.mean(np.square(_inner_luma(sr, border) - _inner_luma(hr, border)))
+def psnr(sr, hr):
+    """Peak signal-to-noise ratio of Y in dB, without 4 pixels at each side (section 3.1); inf if equal."""
+    mse = np.mean(np.square(luma(sr) - luma(hr))[4:-4, 4:-4])
     return 10 * np.log10(255**2 / mse) if mse else np.inf
 
 
-def ssim(sr, hr, border=4):
-    """Structural similarity of Y (Wang et al. 2004: 11x11 Gaussian window, sigma 1.5), without the border."""
-    sr, hr = (tf.constant(_inner_luma(image, border)[None, ..., None], tf.float64) for image in (sr, hr))
+def ssim(sr, hr):
+    """Structural similarity of Y (Wang et al. 2004: 11x11 Gaussian window, sigma 1.5), without the same border."""
+    sr, hr = (tf.constant(luma(image)[None, 4:-4, 4:-4, None], tf.float64) for image in (sr, hr))
     return float(tf.image.ssim(sr, hr, max_val=255.0)[0])

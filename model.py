@@ -28,8 +28,8 @@ class BatchNormalization(layers.BatchNormalization):
         if not training or self.synchronized:  # there is no fused kernel over several devices
             return super().call(x, training=training)
         y, mean, variance = tf.compat.v1.nn.fused_batch_norm(x, self.gamma, self.beta, epsilon=self.epsilon)
-        for moving, value in ((self.moving_mean, mean), (self.moving_variance, variance)):
-            moving.assign(moving * self.momentum + value * (1 - self.momentum))
+        self.moving_mean.assign(self.moving_mean * self.momentum + mean * (1 - self.momentum))
+        self.moving_variance.assign(self.moving_variance * self.momentum + variance * (1 - self.momentum))
         return y
 
 
@@ -97,9 +97,8 @@ def start_as_interpolation(model: keras.Model) -> None:
     The up-convolutions hold the taps of a quadratic interpolation at -1/4 and +1/4 of a pixel, one phase for each
     output of the pixel shuffle. Training then starts at bicubic's PSNR and not 20 dB below it.
     """
-    rgb = np.arange(3)
+    layer, rgb = model.get_layer, np.arange(3)
     taps = np.array([0.15625, 0.9375, -0.09375])  # of the value 1/4 pixel before the centre
-    layer = model.get_layer
     head, tail = layer("head_conv").kernel.numpy(), np.zeros((9, 9, 64, 3))
     head[..., rgb] = 0
     head[4, 4, rgb, rgb] = 1
@@ -145,9 +144,6 @@ def measure_statistics(network: keras.Model, batches: list) -> None:
         network(batch, training=True)
 
 
-# ------------------------------------------------------------------------------------------------------------ weights
-
-
 def load_weights(network: keras.Model, path: str | Path) -> None:
     """Load a `.weights.h5` file. Raises OSError if it isn't one, doesn't fit `network`, or holds NaN or infinity."""
     try:
@@ -170,8 +166,6 @@ def load_generator(path: Path, srresnet: Path | None = None, blend: float | None
         network.set_weights([(1 - blend) * a + blend * b for a, b in zip(network.get_weights(), weights)])
     return network
 
-
-# ---------------------------------------------------------------------------------------------------------- upscaling
 
 # How far a value reaches, in LR pixels: 4 + 32 + 1 in the trunk's convolutions, 1 + 1/2 + 1 in the tail's.
 TRUNK_HALO, TAIL_HALO = 4 + 2 * BLOCKS + 1, 3
@@ -202,28 +196,22 @@ def make_upscaler(network: keras.Model, ensemble: bool = False, tiles: tuple[int
     """Make a function that runs the generator over an image in tiles, exactly as if in one piece.
 
     The trunk needs 37 pixels of context and little memory, the tail 3 pixels and much. So the image goes through the
-    trunk in large tiles, and the features of each through the tail in smaller ones.
+    trunk in large tiles, and the features of each through the tail in smaller ones: `tiles`, in LR pixels. The tail
+    takes some 13 kB per pixel, and on a GPU tiles as large as its memory allows are faster.
 
-    Args:
-        network: the generator.
-        ensemble: average over the eight flips and rotations of each tile.
-        tiles: sides of the trunk's and of the tail's tiles, in LR pixels. The tail takes some 13 kB per pixel, and on a
-            GPU tiles as large as its memory allows are faster. Default: 768 and 128, and 1024 and 384 on a GPU.
-
-    Returns:
-        `upscale(lr)`, from `(h, w, 3)` or `(h, w, 1)`, uint8 or uint16, to `(4h, 4w, same)` of the same type. An image
-        whose three channels are equal stays grey. Shows a progress bar after 3 seconds. Raises MemoryError.
+    Returns `upscale(lr)`, from `(h, w, 3)` or `(h, w, 1)`, uint8 or uint16, to `(4h, 4w, same)` of the same type. An
+    image whose three channels are equal stays grey. With `ensemble`, it averages over the eight flips and rotations of
+    each tile. Shows a progress bar after 3 seconds. Raises MemoryError.
     """
     gpu = bool(tf.config.list_physical_devices("GPU"))
     trunk_tile, tail_tile = tiles or ((1024, 384) if gpu else (768, 128))
-    trunk = keras.Model(network.input, network.get_layer("trunk").output)
-    tail = keras.Model(trunk.output, network.output)
 
-    def compiled(part):
-        spec = tf.TensorSpec((None, None, part.input.shape[-1]), part.input.dtype)
+    def compiled(start, end):
+        part, spec = keras.Model(start, end), tf.TensorSpec((None, None, start.shape[-1]), start.dtype)
         return tf.function(lambda x: part(x[None], training=False)[0], input_signature=[spec], autograph=False)
 
-    run_trunk, run_tail = compiled(trunk), compiled(tail)
+    features = network.get_layer("trunk").output
+    run_trunk, run_tail = compiled(network.input, features), compiled(features, network.output)
 
     def upscale(lr):
         grey, maximum = bool((lr == lr[..., :1]).all()), np.iinfo(lr.dtype).max
@@ -235,17 +223,17 @@ def make_upscaler(network: keras.Model, ensemble: bool = False, tiles: tuple[int
             sr = tf.reduce_mean(sr, -1, keepdims=True) if grey else sr
             return tf.cast(tf.round(tf.clip_by_value(sr, 0, 255) * (maximum / 255)), lr.dtype)
 
-        def mean_of_eight(x):
-            total = 0
-            for mirror in (1, -1):
-                for turns in range(4):
-                    sr = run(np.rot90(x[:, ::mirror], turns), lambda sr: sr)
-                    total = total + np.rot90(sr, -turns)[:, ::mirror]
-            return to_pixels(total / 8)
-
         def run_tile(x):
             x = np.broadcast_to(np.float32(x) * np.float32(255 / maximum), (*x.shape[:2], 3))
-            sr = mean_of_eight(x) if ensemble else run(x, to_pixels)
+            if ensemble:
+                sr = 0
+                for mirror in (1, -1):
+                    for turns in range(4):
+                        turned = run(np.rot90(x[:, ::mirror], turns), lambda sr: sr)
+                        sr = sr + np.rot90(turned, -turns)[:, ::mirror]
+                sr = to_pixels(sr / 8)
+            else:
+                sr = run(x, to_pixels)
             bar.update()
             return sr
 
@@ -258,9 +246,6 @@ def make_upscaler(network: keras.Model, ensemble: bool = False, tiles: tuple[int
         return sr.repeat(lr.shape[-1] // sr.shape[-1], axis=-1)
 
     return upscale
-
-
-# ------------------------------------------------------------------------------------------------------------- export
 
 
 def export(network: keras.Model, path: Path) -> None:

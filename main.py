@@ -53,8 +53,8 @@ def path(text):
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line. Exits with code 2 if a flag is wrong, or doesn't go with the mode."""
-    description = "Train SRGAN, or upscale images four times with it."
-    parser = argparse.ArgumentParser(prog="main.py", description=description, allow_abbrev=False)
+    about = "Train SRGAN, or upscale images four times with it."
+    parser = argparse.ArgumentParser("main.py", description=about, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"main.py: {message}\n")  # one line, without the usage
     steps, interval = number(int, 0, 9_999_999), number(int, 1, 9_999_999)
     rate, share, weight = number(float, 1e-12, 1), number(float, 0, 1), number(float, 0, 1e6)
@@ -72,10 +72,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lr_gen", rate, "RATE", 1e-4, "learning rate of the GAN")
     modes = group.add_mutually_exclusive_group()
     modes.add_argument("--pretrained", action="store_true", help="upscale --input to --output instead of training")
-    help = "print PSNR and SSIM on the HR images in DIR, or in HR/ and LR_x4/ below it"
-    add("--evaluate", path, "DIR", None, help, modes)
-    help = "write the generator as a .tflite or .onnx file, or else a SavedModel folder"
-    add("--export", path, "PATH", None, help, modes)
+    add("--evaluate", path, "DIR", None, "print PSNR and SSIM on the images in DIR, or in its HR/ and LR_x4/", modes)
+    add("--export", path, "PATH", None, "write the generator as .tflite, .onnx, or else a SavedModel folder", modes)
 
     group = parser.add_argument_group("upscaling, evaluation and export")
     add("--input", path, "PATH", None, "an image, or a folder of images (default: input.jpg)")
@@ -83,26 +81,27 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--skip_existing", action="store_true", help="keep results that are newer than their inputs")
     add("--weights", path, "FILE", None, f"weights to use (default: weights/{WEIGHTS.name}), or to start training from")
     add("--blend", share, "A", None, "mix the weights of SRResNet (0) and SRGAN (1): low values invent less detail")
-    help = "average over the eight flips and rotations: better, eight times slower"
-    group.add_argument("--ensemble", action="store_true", help=help)
+    group.add_argument("--ensemble", action="store_true", help="average eight flips and rotations: better, slower")
 
     group = parser.add_argument_group("training")
     add("--recipe", ("paper", "release"), None, "paper", "release: other defaults, those of the weights in weights/")
     add("--data_dir", path, "DIR", None, "photos, in train/ and valid/ or all in DIR (default: DIV2K, downloaded once)")
     add("--run_dir", path, "DIR", "runs/srgan", "checkpoints, logs and results; the same command resumes a run")
-    help = "where DIV2K and decoded photos are kept (default: data/ or, if that is read-only, your cache folder)"
-    add("--cache_dir", path, "DIR", None, help)
+    add("--cache_dir", path, "DIR", None, "for DIV2K and decoded photos (default: data/, or your cache if read-only)")
     layers = ("block2_conv2", "block3_conv4", "block5_conv4")
     add("--vgg_layer", layers, None, "block5_conv4", "VGG19 layer of the content loss")
     add("--vgg_weights", path, "FILE", None, "VGG19 weights (default: downloaded once by Keras)")
     add("--adversarial", weight, "W", 1e-3, "weight of the adversarial loss, beside the content loss")
     add("--colour", weight, "W", 0.0, "weight of the colour loss")
     add("--artifact", weight, "W", 0.0, "weight of the artifact loss")
+    add("--lr_disc", rate, "RATE", None, "learning rate of the discriminator (default: that of --lr_gen)")
     add(
-        "--lr_disc", rate, "RATE", None, "learning rate of the discriminator (default: that of the generator, --lr_gen)"
+        "--lr_decay",
+        ("paper", "cosine", "none"),
+        None,
+        "paper",
+        "paper: a tenth in the GAN's second half; cosine: to 0",
     )
-    help = "paper: a tenth in the second half of the GAN; cosine: down to 0; none: constant"
-    add("--lr_decay", ("paper", "cosine", "none"), None, "paper", help)
     add("--precision", ("float32", "bfloat16"), None, "float32", "number format to train or upscale in")
     add("--ema", number(float, 0, 0.99999), "DECAY", 0.0, "average the generator's weights over the steps; 0: off")
     add("--jpeg", jpeg_qualities, "LOW-HIGH", None, "compress half of the LR patches as JPEG, with these qualities")
@@ -112,8 +111,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
-    if args.recipe == "release":
-        args = parser.parse_args(RELEASE.split() + argv)
+    args = parser.parse_args(RELEASE.split() + argv) if args.recipe == "release" else args
     if not args.pretrained and (args.input or args.output or args.skip_existing):
         parser.error("--input, --output and --skip_existing need --pretrained")
     if not (args.pretrained or args.evaluate or args.export):
@@ -122,9 +120,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         if not args.STEPS and not args.PREGENSTEPS:
             parser.error("--STEPS 0 and --PREGENSTEPS 0: nothing to train")
     return args
-
-
-# ------------------------------------------------------------------- the modes, each with its checks before any work
 
 
 def check_exists(*paths):
@@ -143,12 +138,9 @@ def check_writable(file):
 def find_weights(args):
     """The arguments of `model.load_generator`: weights, and with --blend those to mix them with, and their share."""
     weights = Path(args.weights or WEIGHTS)
-    if args.blend is None:
-        check_exists(weights)
-        return (weights,)
-    srresnet = weights.with_name("srresnet.weights.h5")
+    srresnet = None if args.blend is None else weights.with_name("srresnet.weights.h5")
     check_exists(weights, srresnet)
-    if srresnet.samefile(weights):
+    if srresnet and srresnet.samefile(weights):
         raise OSError(f"--blend mixes {srresnet} with SRGAN's weights: give those as --weights")
     return weights, srresnet, args.blend
 
@@ -276,9 +268,6 @@ def train(args):
     train.train(args)
 
 
-# -------------------------------------------------------------------------------------------------------- the program
-
-
 def report(message, label="main.py"):
     """Print one line on stderr, after a label."""
     if isinstance(message, OSError) and message.filename:
@@ -329,9 +318,7 @@ def main(argv: list[str] | None = None) -> int:
     warnings.showwarning = lambda message, *details: report(str(message), "Warning")
     for number in (getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
-            signal.signal(
-                number, lambda number, frame: sys.exit(128 + number)
-            )  # temporary files are removed on the way
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))  # removes temporary files on the way
     mode = upscale if args.pretrained else evaluate if args.evaluate else export if args.export else train
     try:
         import data

@@ -39,6 +39,7 @@ def train(args):
     Raises UserError, OSError, and SystemExit after a signal, when all is saved.
     """
     strategy, run_dir = make_strategy(), Path(args.run_dir)
+    srresnet, srgan = run_dir / "srresnet.weights.h5", run_dir / "srgan.weights.h5"
     if args.BATCH_SIZE % strategy.num_replicas_in_sync:
         raise data.UserError(f"--BATCH_SIZE must be a multiple of the {strategy.num_replicas_in_sync} devices")
     try:
@@ -46,7 +47,16 @@ def train(args):
             images, valid_images = data.load(args.data_dir, args.cache_dir)
             check_options(run_dir, {**vars(args), "images": images.fingerprint})
             print(f"{len(images)} images to train on, {len(valid_images)} to validate on")
-            train_both(args, images, validation_pairs(valid_images))
+            vgg = losses.vgg_features(args.vgg_layer, args.vgg_weights) if args.STEPS else None  # fails now or never
+            keras.utils.set_random_seed(args.seed)
+            generator, pairs = model.generator(), validation_pairs(valid_images)
+            if args.weights or not args.PREGENSTEPS:
+                model.load_weights(generator, args.weights or srresnet)
+            if args.PREGENSTEPS:
+                train_srresnet(generator, images, pairs, args, srresnet)
+                model.load_weights(generator, srresnet)  # averaged, with --ema
+            if args.STEPS:
+                train_srgan(generator, vgg, images, pairs, args, srgan)
     except tf.errors.ResourceExhaustedError as error:
         hint = f"out of memory with --BATCH_SIZE {args.BATCH_SIZE}, or the disk is full"
         raise data.UserError(f"{hint}: {str(error).splitlines()[0]}") from error
@@ -54,26 +64,10 @@ def train(args):
         raise data.UserError("another worker is gone: start the same command on each again, to continue") from error
 
 
-def train_both(args, images, pairs):
-    run_dir = Path(args.run_dir)
-    srresnet, srgan = run_dir / "srresnet.weights.h5", run_dir / "srgan.weights.h5"
-    vgg = losses.vgg_features(args.vgg_layer, args.vgg_weights) if args.STEPS else None  # fails now or never
-    keras.utils.set_random_seed(args.seed)
-    generator = model.generator()
-    if args.weights or not args.PREGENSTEPS:
-        model.load_weights(generator, args.weights or srresnet)
-    if args.PREGENSTEPS:
-        train_srresnet(generator, images, pairs, args, srresnet)
-        model.load_weights(generator, srresnet)  # averaged, with --ema
-    if args.STEPS:
-        train_srgan(generator, vgg, images, pairs, args, srgan)
-
-
 def check_options(run_dir: Path, options: dict):
     """Write the options to `RUN_DIR/options.json`. Raises UserError if the run was begun with others."""
     if options["weights"]:  # what counts is what is in it, wherever it lies
-        with open(options["weights"], "rb") as weights:
-            options["weights"] = f"sha256 {hashlib.file_digest(weights, 'sha256').hexdigest()[:16]}"
+        options["weights"] = f"sha256 {hashlib.sha256(Path(options['weights']).read_bytes()).hexdigest()[:16]}"
     file, begun = run_dir / "options.json", {path.parent.name for path in run_dir.glob("checkpoints/*/*.index")}
     if begun and file.exists():
         try:
@@ -81,17 +75,12 @@ def check_options(run_dir: Path, options: dict):
         except (TypeError, ValueError):
             raise data.UserError(f"{file} doesn't hold the options of a run: give another --run_dir") from None
         for name in KEPT + KEPT_BY_GAN * ("gan" in begun):
-            if before.get(name) != options[name]:
-                old, new = before.get(name), options[name]
-                raise data.UserError(
-                    f"{run_dir} was begun with {name} {old}, not {new}: use the same, or another --run_dir"
-                )
+            if (old := before.get(name)) != (new := options[name]):
+                what = f"{run_dir} was begun with {name} {old}, not {new}"
+                raise data.UserError(f"{what}: use the same, or another --run_dir")
     if is_chief():
         with data.atomic_write(file) as temporary:
             temporary.write_text(json.dumps(options, indent=2) + "\n")
-
-
-# -------------------------------------------------------------------------------------------------------- the devices
 
 
 def make_strategy() -> tf.distribute.Strategy:
@@ -122,9 +111,6 @@ def wait_for_workers(step: int):
 
     if int(total()) != step * strategy.num_replicas_in_sync:
         raise data.UserError("the workers see different checkpoints: --run_dir must be a folder that all of them share")
-
-
-# --------------------------------------------------------------------------------------------------------- the phases
 
 
 def train_srresnet(generator, images, pairs, args, weights):
@@ -169,8 +155,8 @@ def train_srgan(generator, vgg, images, pairs, args, weights):
         scalars |= {name: loss for name, (_, loss) in terms.items()}
         return scalars | {f"D({x})": tf.reduce_mean(tf.sigmoid(d)) for x, d in (("HR", logits_hr), ("SR", logits_sr))}
 
-    state = {"generator": generator, "discriminator": discriminator}
-    state |= {"optimizer": optimizer, "discriminator_optimizer": discriminator_optimizer}
+    networks = {"generator": generator, "discriminator": discriminator}
+    state = networks | {"optimizer": optimizer, "discriminator_optimizer": discriminator_optimizer}
     fit("gan", step, state, args.STEPS, args.seed + 1, images, pairs, args, weights, vgg)
 
 
@@ -179,18 +165,10 @@ class Adam(keras.optimizers.Adam):
 
     def update_step(self, gradient, variable, learning_rate):
         i, step = self._get_variable_index(variable), tf.cast(self.iterations + 1, tf.float32)
-        tf.raw_ops.ResourceApplyAdam(
-            var=variable.handle,
-            m=self._momentums[i].value.handle,
-            v=self._velocities[i].value.handle,
-            beta1_power=self.beta_1**step,
-            beta2_power=self.beta_2**step,
-            lr=learning_rate,
-            beta1=self.beta_1,
-            beta2=self.beta_2,
-            epsilon=self.epsilon,
-            grad=gradient,
-        )
+        m, v = self._momentums[i].value.handle, self._velocities[i].value.handle
+        rates = {"beta1": self.beta_1, "beta2": self.beta_2, "epsilon": self.epsilon, "lr": learning_rate}
+        rates |= {"beta1_power": self.beta_1**step, "beta2_power": self.beta_2**step}
+        tf.raw_ops.ResourceApplyAdam(var=variable.handle, m=m, v=v, grad=gradient, **rates)
 
 
 def adam(network, learning_rate, steps, decay, ema=0.0, drop=True):
@@ -215,21 +193,12 @@ def update(network, optimizer, tape, loss):
     optimizer.apply(tape.gradient(loss, network.trainable_variables, share), network.trainable_variables)
 
 
-# ---------------------------------------------------------------------------------------------------------- the loop
-
-
 def fit(name, step_function, state, steps, seed, images, pairs, args, weights, vgg=None):
     """Train one phase from its newest checkpoint to the step `steps`, and write the generator's `weights`.
 
-    Args:
-        name: of the phase, and of the folders of its checkpoints and logs.
-        step_function: `step(lr, hr) -> dict of scalars`, of float32 batches.
-        state: the networks and optimizers by name, the contents of a checkpoint. The order of the data needs no state:
-            a batch follows from `seed` and its step.
-        pairs: of `validation_pairs`.
-        vgg: for the content loss of the validation images.
-
-    Raises UserError if a number is not finite, OSError, and SystemExit after a signal, when the state is saved.
+    `step_function(lr, hr)` takes float32 batches and returns a dict of scalars. `state` is what a checkpoint holds, the
+    networks and optimizers by name. The order of the data needs none: a batch follows from `seed` and its step. Raises
+    UserError if a number is not finite, OSError, and SystemExit after a signal, when the state is saved.
     """
     checkpoint, folder = tf.train.Checkpoint(**state), Path(args.run_dir) / "checkpoints" / name
     chief, start = is_chief(), restore(checkpoint, folder)
@@ -247,7 +216,6 @@ def fit(name, step_function, state, steps, seed, images, pairs, args, weights, v
     batches = data.patches(images, args.BATCH_SIZE, first, last, seed, args.jpeg)
     batches = batches.batch(count).prefetch(1) if count > 1 else batches
     batches = tf.distribute.get_strategy().experimental_distribute_dataset(batches)  # an equal share for each device
-
     validate, writer = make_validation(averaged, pairs, vgg), open_logs(Path(args.run_dir) / "logs" / name, start)
     status, step, saved = {}, start, time.monotonic()
     if chief and not start:
@@ -323,10 +291,8 @@ def compiled(step: Callable) -> tuple[Callable, int]:
 
 def check_finite(name, step, values):
     if not all(np.isfinite(value).all() for value in values):
-        raise data.UserError(
-            f"{name}: a loss or a weight is not finite after step {step}. Earlier checkpoints are intact: try a lower "
-            "learning rate, or --precision float32"
-        )
+        hint = "earlier checkpoints are intact, try a lower learning rate or --precision float32"
+        raise data.UserError(f"{name}: a loss or a weight is not finite after step {step}: {hint}")
 
 
 @contextlib.contextmanager
@@ -345,9 +311,6 @@ def catch_signals():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-# ----------------------------------------------------------------------------- checkpoints, weights, TensorBoard's logs
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -399,9 +362,6 @@ def log(writer, step: int, scalars: dict, crops: dict = {}):
         for name, image in crops.items():
             tf.summary.image(f"crop/{name}", image[None])
         writer.flush()
-
-
-# ---------------------------------------------------------------------------------------------- validation, averages
 
 
 def validation_pairs(images) -> list[tuple[np.ndarray, np.ndarray]]:

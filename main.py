@@ -155,7 +155,8 @@ def find_jobs(source, output):
         target = target / source.name if output.endswith("/") or target.is_dir() else target
         jobs = [(source, target)]
         with data.open_image(source) as image:
-            data.check_output(target, *image.size)
+            size = image.size
+        data.check_output(target, *size)
     elif target.suffix.lower() in data.SUFFIXES or target.is_file():
         raise data.UserError(f"--input {source} is a folder: --output must be a folder, too, not {target}")
     else:
@@ -257,8 +258,7 @@ def train(args):
     check_exists(start, args.data_dir, args.vgg_weights if args.STEPS else None)
     if any(character in args.run_dir for character in "[\\" if character != os.sep):
         raise OSError(f"--run_dir {args.run_dir}: TensorFlow reads [ and \\ as a pattern, choose another name")
-    for name in ("srresnet.weights.h5", "srgan.weights.h5"):
-        check_writable(Path(args.run_dir) / name)
+    check_writable(Path(args.run_dir) / "srgan.weights.h5")
     # oneDNN: off by default without AVX-512. There it speeds up training 1.8 times, but slows upscaling a lot.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     print(f"Running on {start_tensorflow(args.precision)}", flush=True)
@@ -277,16 +277,13 @@ def report(message, label="main.py"):
 
 
 def start_tensorflow(precision="float32") -> str:
-    """Import TensorFlow, quietly and set up for the machine and the program, and return the device's name.
-
-    Its C++ code prints to stderr before any setting can prevent it, hence the detour of file descriptor 2.
-    """
+    """Import TensorFlow, quietly and set up for the machine and the program, and return the device's name."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ["KERAS_BACKEND"] = "tensorflow"  # and below, whatever ~/.keras/keras.json says
     sys.stderr.flush()
     stderr = os.dup(2)
     with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
+        os.dup2(nowhere.fileno(), 2)  # TensorFlow's C++ code prints there before any setting can prevent it
     try:
         import keras
         import tensorflow as tf

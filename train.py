@@ -172,10 +172,7 @@ class Adam(keras.optimizers.Adam):
 
 
 def adam(network, learning_rate, steps, decay, ema=0.0, drop=True):
-    """Adam as in the paper, which trains the second half of the GAN at a tenth of the rate (`drop`).
-
-    With `ema`, it also averages the weights over the steps.
-    """
+    """The paper's Adam: the second half of the GAN has a tenth of the rate (`drop`). `ema` averages the weights."""
     if decay == "cosine":
         schedule = keras.optimizers.schedules.CosineDecay(learning_rate, max(1, steps))
     else:  # constant rates are schedules, too: as a plain number, a checkpoint's rate would replace a new one
@@ -216,8 +213,8 @@ def fit(name, step_function, state, steps, seed, images, pairs, args, weights, v
     batches = data.patches(images, args.BATCH_SIZE, first, last, seed, args.jpeg)
     batches = batches.batch(count).prefetch(1) if count > 1 else batches
     batches = tf.distribute.get_strategy().experimental_distribute_dataset(batches)  # an equal share for each device
-    validate, writer = make_validation(averaged, pairs, vgg), open_logs(Path(args.run_dir) / "logs" / name, start)
-    status, step, saved = {}, start, time.monotonic()
+    validate, status, step, saved = make_validation(averaged, pairs, vgg), {}, start, time.monotonic()
+    writer = open_logs(Path(args.run_dir) / "logs" / name, start) if chief else None
     if chief and not start:
         log(writer, 0, *validate())
     print(f"{name}: continuing after step {start}" if start else f"{name}: compiling the training step", flush=True)
@@ -346,8 +343,6 @@ def save_weights(generator, path: Path):
 
 def open_logs(folder: Path, start: int):
     """TensorBoard's writer. TensorBoard drops the points of an interrupted run after `start`, which come again."""
-    if not is_chief():
-        return None
     marker = tf.compat.v1.SessionLog(status=tf.compat.v1.SessionLog.START)
     with tf.Graph().as_default(), tf.compat.v1.summary.FileWriter(str(folder)) as session:
         session.add_session_log(marker, start and start + 1)
@@ -376,10 +371,7 @@ def validation_pairs(images) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def make_validation(network, pairs, vgg=None) -> Callable:
-    """Returns `validate() -> (scalars, crops)` of `network`.
-
-    The scalars are the mean PSNR in dB and, with `vgg`, the mean content loss; the crops one of bicubic, SR and HR.
-    """
+    """Returns `validate()`, which returns the mean PSNR in dB and, with `vgg`, content loss; and crops to look at."""
     upscale = model.make_upscaler(network)
 
     def content_loss(sr, hr):

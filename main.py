@@ -44,13 +44,6 @@ def jpeg_qualities(text):
     raise argparse.ArgumentTypeError(f"must be two qualities from 1 to 100, as in 70-95, not {text}")
 
 
-def path(text):
-    """An argparse type: a path that isn't empty. A string, since a Path loses the slash at its end."""
-    if text:
-        return text
-    raise argparse.ArgumentTypeError("is empty")
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line. Exits with code 2 if a flag is wrong, or doesn't go with the mode."""
     about = "Train SRGAN, or upscale images four times with it."
@@ -72,25 +65,25 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lr_gen", rate, "RATE", 1e-4, "learning rate of the GAN")
     modes = group.add_mutually_exclusive_group()
     modes.add_argument("--pretrained", action="store_true", help="upscale --input to --output instead of training")
-    add("--evaluate", path, "DIR", None, "print PSNR and SSIM on the images in DIR, or in its HR/ and LR_x4/", modes)
-    add("--export", path, "PATH", None, "write the generator as .tflite, .onnx, or else a SavedModel folder", modes)
+    add("--evaluate", str, "DIR", None, "print PSNR and SSIM on the images in DIR, or in its HR/ and LR_x4/", modes)
+    add("--export", str, "PATH", None, "write the generator as .tflite, .onnx, or else a SavedModel folder", modes)
 
     group = parser.add_argument_group("upscaling, evaluation and export")
-    add("--input", path, "PATH", None, "an image, or a folder of images (default: input.jpg)")
-    add("--output", path, "PATH", None, "the image to write, or a folder for the results (default: output.jpg)")
+    add("--input", str, "PATH", None, "an image, or a folder of images (default: input.jpg)")
+    add("--output", str, "PATH", None, "the image to write, or a folder for the results (default: output.jpg)")
     group.add_argument("--skip_existing", action="store_true", help="keep results that are newer than their inputs")
-    add("--weights", path, "FILE", None, f"weights to use (default: weights/{WEIGHTS.name}), or to start training from")
+    add("--weights", str, "FILE", None, f"weights to use (default: weights/{WEIGHTS.name}), or to start training from")
     add("--blend", share, "A", None, "mix the weights of SRResNet (0) and SRGAN (1): low values invent less detail")
     group.add_argument("--ensemble", action="store_true", help="average eight flips and rotations: better, slower")
 
     group = parser.add_argument_group("training")
     add("--recipe", ("paper", "release"), None, "paper", "release: other defaults, those of the weights in weights/")
-    add("--data_dir", path, "DIR", None, "photos, in train/ and valid/ or all in DIR (default: DIV2K, downloaded once)")
-    add("--run_dir", path, "DIR", "runs/srgan", "checkpoints, logs and results; the same command resumes a run")
-    add("--cache_dir", path, "DIR", None, "for DIV2K and decoded photos (default: data/, or your cache if read-only)")
+    add("--data_dir", str, "DIR", None, "photos, in train/ and valid/ or all in DIR (default: DIV2K, downloaded once)")
+    add("--run_dir", str, "DIR", "runs/srgan", "checkpoints, logs and results; the same command resumes a run")
+    add("--cache_dir", str, "DIR", None, "for DIV2K and decoded photos (default: data/, or your cache if read-only)")
     layers = ("block2_conv2", "block3_conv4", "block5_conv4")
     add("--vgg_layer", layers, None, "block5_conv4", "VGG19 layer of the content loss")
-    add("--vgg_weights", path, "FILE", None, "VGG19 weights (default: downloaded once by Keras)")
+    add("--vgg_weights", str, "FILE", None, "VGG19 weights (default: downloaded once by Keras)")
     add("--adversarial", weight, "W", 1e-3, "weight of the adversarial loss, beside the content loss")
     add("--colour", weight, "W", 0.0, "weight of the colour loss")
     add("--artifact", weight, "W", 0.0, "weight of the artifact loss")
@@ -112,6 +105,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     args = parser.parse_args(RELEASE.split() + argv) if args.recipe == "release" else args
+    if empty := [name for name, value in vars(args).items() if value == ""]:
+        parser.error(f"--{empty[0]} is empty")
     if not args.pretrained and (args.input or args.output or args.skip_existing):
         parser.error("--input, --output and --skip_existing need --pretrained")
     if not (args.pretrained or args.evaluate or args.export):

@@ -4,10 +4,8 @@ Images are RGB, NHWC, 0 to 255; each network rescales them internally. With Kera
 of the generator that touch the image stay float32: bfloat16's 8 significant bits would shift colours by a grey level.
 """
 
-import math
 import tempfile
 import warnings
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -119,10 +117,7 @@ def start_as_interpolation(model: keras.Model) -> None:
 
 
 def discriminator() -> keras.Model:
-    """The discriminator for 96x96 patches (Figure 4, bottom): `(batch, 96, 96, 3)` in, `(batch, 1)` logits out.
-
-    A logit and not a sigmoid: the same loss, computed without saturating.
-    """
+    """The discriminator for 96x96 patches (Figure 4, bottom): `(batch, 96, 96, 3)` in, `(batch, 1)` logits out."""
     hr = keras.Input((96, 96, 3), name="hr")
     x = layers.Rescaling(1 / 127.5, -1)(hr)  # [-1, 1]
     for i, filters in enumerate((64, 64, 128, 128, 256, 256, 512, 512)):
@@ -131,17 +126,8 @@ def discriminator() -> keras.Model:
             x = normalization(name=f"norm{i + 1}")(x)
         x = layers.LeakyReLU(0.2)(x)
     x = layers.LeakyReLU(0.2)(layers.Dense(1024, name="dense1")(layers.Flatten()(x)))  # from 6 * 6 * 512
-    logit = layers.Dense(1, dtype="float32", name="logit")(x)
+    logit = layers.Dense(1, dtype="float32", name="logit")(x)  # the losses apply the sigmoid, without saturating
     return keras.Model(hr, logit, name="discriminator")
-
-
-def measure_statistics(network: keras.Model, batches: list) -> None:
-    """Set the statistics of the normalisation layers to their means over `batches`, a list of inputs."""
-    normalizations = [layer for layer in network.layers if isinstance(layer, layers.BatchNormalization)]
-    for i, batch in enumerate(batches):
-        for layer in normalizations:
-            layer.momentum = i / (i + 1)  # the mean of all batches so far
-        network(batch, training=True)
 
 
 def load_weights(network: keras.Model, path: str | Path) -> None:
@@ -171,7 +157,7 @@ def load_generator(path: Path, srresnet: Path | None = None, blend: float | None
 TRUNK_HALO, TAIL_HALO = 4 + 2 * BLOCKS + 1, 3
 
 
-def tiled(function: Callable, image, scale: int, tile: int, halo: int) -> np.ndarray:
+def tiled(function, image, scale: int, tile: int, halo: int) -> np.ndarray:
     """Apply `function`, which makes images `scale` times larger, to `image`, `(h, w, channels)`, in square tiles.
 
     A tile gets `halo` more pixels on each side that isn't an edge of the image. If no value of the result depends on
@@ -192,7 +178,7 @@ def tiled(function: Callable, image, scale: int, tile: int, halo: int) -> np.nda
     return result
 
 
-def make_upscaler(network: keras.Model, ensemble: bool = False, tiles: tuple[int, int] | None = None) -> Callable:
+def make_upscaler(network: keras.Model, ensemble: bool = False, tiles: tuple[int, int] | None = None):
     """Make a function that runs the generator over an image in tiles, exactly as if in one piece.
 
     The trunk needs 37 pixels of context and little memory, the tail 3 pixels and much. So the image goes through the
@@ -237,7 +223,7 @@ def make_upscaler(network: keras.Model, ensemble: bool = False, tiles: tuple[int
             bar.update()
             return sr
 
-        count = math.prod(-(-side // trunk_tile) for side in lr.shape[:2])
+        count = int(np.prod(np.ceil(np.divide(lr.shape[:2], trunk_tile))))
         try:
             with tqdm(total=count, unit="tile", leave=False, delay=3, disable=None) as bar:
                 sr = tiled(run_tile, lr, SCALE, trunk_tile, TRUNK_HALO + TAIL_HALO)

@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import keras
@@ -204,7 +203,8 @@ def fit(name, step_function, state, steps, seed, images, pairs, args, weights, v
     if start >= steps:
         if chief and not weights.exists():
             average()
-            save_weights(averaged, weights)
+            with data.atomic_write(weights) as temporary:
+                averaged.save_weights(temporary)
         wait_for_workers(start)
         return print(f"{name}: finished before, after {start} steps: see {weights}")
 
@@ -245,8 +245,9 @@ def fit(name, step_function, state, steps, seed, images, pairs, args, weights, v
             bar.update(step - before)
             if saving:
                 check_finite(name, step, [value.numpy() for part in state.values() for value in part.variables])
-                if chief and step == steps:
-                    save_weights(averaged, weights)  # first, so that the last checkpoint vouches for them
+                if chief and step == steps:  # first, so that the last checkpoint vouches for the weights
+                    with data.atomic_write(weights) as temporary:
+                        averaged.save_weights(temporary)
                 if chief:
                     save(checkpoint, folder, step)
                 saved = time.monotonic()
@@ -257,7 +258,7 @@ def fit(name, step_function, state, steps, seed, images, pairs, args, weights, v
     print(f"To upscale: python3 main.py --pretrained --weights {weights}")
 
 
-def compiled(step: Callable) -> tuple[Callable, int]:
+def compiled(step):
     """Compile `step(lr, hr) -> dict of scalars` into `run(lrs, hrs, first, last)`, and say how many steps a call takes.
 
     On one GPU, XLA compiles a loop over ten steps, since Python and TensorFlow take longer to start a step there than
@@ -336,11 +337,6 @@ def restore(checkpoint, folder: Path) -> int:
     return 0
 
 
-def save_weights(generator, path: Path):
-    with data.atomic_write(path) as temporary:
-        generator.save_weights(temporary)
-
-
 def open_logs(folder: Path, start: int):
     """TensorBoard's writer. TensorBoard drops the points of an interrupted run after `start`, which come again."""
     marker = tf.compat.v1.SessionLog(status=tf.compat.v1.SessionLog.START)
@@ -370,7 +366,7 @@ def validation_pairs(images) -> list[tuple[np.ndarray, np.ndarray]]:
     return pairs
 
 
-def make_validation(network, pairs, vgg=None) -> Callable:
+def make_validation(network, pairs, vgg=None):
     """Returns `validate()`, which returns the mean PSNR in dB and, with `vgg`, content loss; and crops to look at."""
     upscale = model.make_upscaler(network)
 
@@ -387,7 +383,7 @@ def make_validation(network, pairs, vgg=None) -> Callable:
     return validate
 
 
-def make_averaging(generator, optimizer, images, args) -> tuple[keras.Model, Callable]:
+def make_averaging(generator, optimizer, images, args):
     """The generator with the averages of the weights over the steps (--ema), and a function that updates it.
 
     Normalisation statistics belong to the weights that they were measured with, so the averages get their own, the
@@ -397,11 +393,15 @@ def make_averaging(generator, optimizer, images, args) -> tuple[keras.Model, Cal
         return generator, lambda: None
     averaged = model.generator()
     averaged.set_weights(generator.get_weights())
+    normalizations = [layer for layer in averaged.layers if isinstance(layer, keras.layers.BatchNormalization)]
     lrs = [lr for lr, _ in data.patches(images, 16, 0, 16, args.seed, args.jpeg)]
 
     def average():
         averaged.set_weights(generator.get_weights())
         optimizer.finalize_variable_values(averaged.trainable_variables)
-        model.measure_statistics(averaged, lrs)
+        for i, lr in enumerate(lrs):
+            for layer in normalizations:
+                layer.momentum = i / (i + 1)  # the mean of all batches so far
+            averaged(lr, training=True)
 
     return averaged, average

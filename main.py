@@ -29,8 +29,7 @@ def number(kind, low, high):
         with contextlib.suppress(ValueError):
             if low <= (value := kind(text)) <= high:
                 return value
-        what = "a whole number" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"must be {what} from {low} to {high}, not {text}")
+        raise argparse.ArgumentTypeError(f"must be a{' whole' * (kind is int)} number from {low} to {high}, not {text}")
 
     return convert
 

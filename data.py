@@ -359,7 +359,7 @@ def load(data_dir: str | Path | None = None, cache_dir: str | Path | None = None
         return PreparedImages(images), PreparedImages(prepare(valids[0], cache))
     if len(images) < 2:
         raise UserError(f"{folder} needs at least 2 usable images, one of them for validation, but has {len(images)}")
-    # A hash of the name decides which 3 %, 1 to 10, are for validation: adding an image moves at most one other.
+    # A hash of the name decides which 3 % (1 to 10 images) validate, so adding an image moves at most one other.
     paths = sorted(images, key=lambda path: hashlib.sha256(os.fsencode(path.name)).digest())
     count = min(max(len(paths) * 3 // 100, 1), 10)
     return tuple(PreparedImages({path: images[path] for path in sorted(p)}) for p in (paths[count:], paths[:count]))
@@ -441,7 +441,7 @@ def patches(images: PreparedImages, batch_size: int, first_step: int, last_step:
     def compress_and_turn(lrs, hrs, qualities, places):
         lrs, which = tf.reshape(lrs, (batch_size, side, side, 3)), tf.where(qualities > 0)
         if jpeg:
-            code = functools.partial(tf.image.adjust_jpeg_quality, dct_method="INTEGER_ACCURATE")  # Pillow's bits
+            code = functools.partial(tf.image.adjust_jpeg_quality, dct_method="INTEGER_ACCURATE")  # as Pillow
             coded = tf.map_fn(lambda n: code(lrs[n[0]], qualities[n[0]]), which, **one_by_one)
             lrs = tf.tensor_scatter_nd_update(lrs, which, coded)
         lrs = tf.gather(tf.reshape(lrs, (batch_size, side * side, 3)), places, batch_dims=1)
@@ -451,7 +451,7 @@ def patches(images: PreparedImages, batch_size: int, first_step: int, last_step:
     turns = np.stack([turn(positions[:LR_PATCH, :LR_PATCH], way).ravel() for way in range(8)])
     types, options = (tf.uint8, tf.uint8, tf.int32, tf.int32), tf.data.Options()
     one_by_one = {"fn_output_signature": tf.TensorSpec((side, side, 3), tf.uint8), "parallel_iterations": 1}
-    options.threading.private_threadpool_size = os.cpu_count()  # whatever the training has
+    options.threading.private_threadpool_size = os.cpu_count()  # training on a CPU has one thread
     steps = tf.data.Dataset.range(first_step + 1, last_step + 1).with_options(options)
     cuts = steps.map(lambda step: tf.numpy_function(cut, [step], types, stateful=False), 1, deterministic=True)
     return cuts.map(compress_and_turn, os.cpu_count(), deterministic=True).prefetch(4)

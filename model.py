@@ -179,7 +179,7 @@ def tiled(function, image, scale: int, tile: int, halo: int) -> np.ndarray:
 
 
 def make_upscaler(network: keras.Model, ensemble: bool = False, tiles: tuple[int, int] | None = None):
-    """Make a function that runs the generator over an image in tiles, exactly as if in one piece.
+    """Make a function that runs the generator over an image in tiles, as if in one piece.
 
     The trunk needs 37 pixels of context and little memory, the tail 3 pixels and much. So the image goes through the
     trunk in large tiles, and the features of each through the tail in smaller ones: `tiles`, in LR pixels. The tail
@@ -196,8 +196,8 @@ def make_upscaler(network: keras.Model, ensemble: bool = False, tiles: tuple[int
         part, spec = keras.Model(start, end), tf.TensorSpec((None, None, start.shape[-1]), start.dtype)
         return tf.function(lambda x: part(x[None], training=False)[0], input_signature=[spec], autograph=False)
 
-    features = network.get_layer("trunk").output
-    run_trunk, run_tail = compiled(network.input, features), compiled(features, network.output)
+    trunk = network.get_layer("trunk").output
+    run_trunk, run_tail = compiled(network.input, trunk), compiled(trunk, network.output)
 
     def upscale(lr):
         grey, maximum = bool((lr == lr[..., :1]).all()), np.iinfo(lr.dtype).max

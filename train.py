@@ -209,7 +209,7 @@ def fit(name, step_function, state, steps, seed, images, pairs, args, weights, v
         return print(f"{name}: finished before, after {start} steps: see {weights}")
 
     run, count = compiled(step_function)
-    first, last = start // count * count, -(-steps // count) * count  # all calls but the first begin where they would
+    first, last = start // count * count, -(-steps // count) * count  # calls begin at multiples of `count`
     batches = data.patches(images, args.BATCH_SIZE, first, last, seed, args.jpeg)
     batches = batches.batch(count).prefetch(1) if count > 1 else batches
     batches = tf.distribute.get_strategy().experimental_distribute_dataset(batches)  # an equal share for each device

@@ -58,8 +58,9 @@ def list_images(folder: str | Path) -> list[Path]:
         hint = next((f"there are some in {path}" for path in deeper), f"supported are {' '.join(sorted(SUFFIXES))}")
         raise UserError(f"no images in {folder}: {hint}")
     folders = sum(path.is_dir() for path in paths)
-    if len(paths) > len(images):
-        print(f"{folder}: {len(paths) - len(images) - folders} files, {folders} subfolders left out", file=sys.stderr)
+    counts = {"file": len(paths) - len(images) - folders, "subfolder": folders}
+    if left_out := " and ".join(f"{n} {what}{'s' * (n > 1)}" for what, n in counts.items() if n):
+        print(f"{folder}: left out {left_out}", file=sys.stderr)
     return images
 
 
@@ -76,8 +77,9 @@ def open_image(path: str | Path):
         try:
             yield Image.open(io.BytesIO(content), formats=sorted(set(SUFFIXES.values())))
         except Image.UnidentifiedImageError:
-            Image.OPEN[SUFFIXES.get(Path(path).suffix.lower(), "PNG")][0](io.BytesIO(content))  # raises why: "12-bit"
-            raise
+            if kind := SUFFIXES.get(Path(path).suffix.lower()):
+                Image.OPEN[kind][0](io.BytesIO(content))  # raises why: "12-bit"
+            raise OSError(f"not one of {' '.join(sorted(set(SUFFIXES.values())))}") from None
     except Exception as error:  # Pillow's decoders raise a dozen kinds on damaged files
         why = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         why = why.replace("PngImagePlugin.MAX_TEXT_CHUNK", "the 64 MB that text and profile may have")
@@ -220,10 +222,11 @@ def bicubic(image: np.ndarray) -> np.ndarray:
 def scoring_pairs(folder: str | Path) -> list[tuple[str, Path, Path | None]]:
     """The images to score on: `(name, HR path, LR path or None)`. Raises UserError if only some have an LR.
 
-    `folder` holds the HR, or `HR/`, and perhaps the LR, beside them or in `LR_x4/`, `LR/` or `LR_bicubic/X4/`. The LR
-    of X.png or X_HR.png is X.png, Xx4.png, X_x4.png or X_LR.png.
+    `folder` holds the HR, or `HR/`, and perhaps the LR, beside them or in `LR_x4/`, `LR/` or `LR_bicubic/X4/`; DIV2K's
+    folders have its name before that. The LR of X.png or X_HR.png is X.png, Xx4.png, X_x4.png or X_LR.png.
     """
-    hr_folder, *lr_folders = [Path(folder) / name for name in ("HR", "LR_x4", "LR", "LR_bicubic/X4")]
+    prefix = max((path.name.removesuffix("HR") for path in Path(folder).glob("DIV2K_*_HR")), default="")
+    hr_folder, *lr_folders = [Path(folder) / f"{prefix}{name}" for name in ("HR", "LR_x4", "LR", "LR_bicubic/X4")]
     hr_paths = list_images(hr_folder if hr_folder.is_dir() else folder)
     lr_folder = next(filter(Path.is_dir, lr_folders), None)
     lr_paths = {path.stem: path for path in (list_images(lr_folder) if lr_folder else hr_paths)}

@@ -18,7 +18,8 @@ WEIGHTS = Path(__file__).resolve().parent / "weights" / "srgan.weights.h5"
 
 # The flags of `--recipe release`, with which the weights in weights/ were trained. Flags given beside it win.
 RELEASE = (
-    "--vgg_layer block3_conv4 --adversarial 3e-3 --colour 10 --artifact 32 --lr_decay cosine --jpeg 60-95 --ema 0.999"
+    "--PREGENSTEPS 34000 --STEPS 8000 --BATCH_SIZE 64 --lr_pre_gen 6e-4 --lr_gen 1e-4 --lr_disc 1e-5 --lr_decay cosine "
+    "--vgg_layer block3_conv4 --adversarial 1e-2 --colour 10 --artifact 32 --jpeg 60-95 --ema 0.999"
 )
 
 
@@ -70,16 +71,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("upscaling, evaluation and export")
     add("--input", str, "PATH", None, "an image, or a folder of images (default: input.jpg)")
     add("--output", str, "PATH", None, "the image to write, or a folder for the results (default: output.jpg)")
-    group.add_argument("--skip_existing", action="store_true", help="keep results that are newer than their inputs")
+    group.add_argument("--skip_existing", action="store_true", help="skip images whose results are newer")
     add("--weights", str, "FILE", None, f"weights to use (default: weights/{WEIGHTS.name}), or to start training from")
     add("--blend", share, "A", None, "mix the weights of SRResNet (0) and SRGAN (1): low values invent less detail")
     group.add_argument("--ensemble", action="store_true", help="average eight flips and rotations: better, slower")
 
     group = parser.add_argument_group("training")
-    add("--recipe", ("paper", "release"), None, "paper", "release: other defaults, those of the weights in weights/")
+    add("--recipe", ("paper", "release"), None, "paper", "release: the losses, steps and rates of weights/")
     add("--data_dir", str, "DIR", None, "photos, in train/ and valid/ or all in DIR (default: DIV2K, downloaded once)")
     add("--run_dir", str, "DIR", "runs/srgan", "checkpoints, logs and results; the same command resumes a run")
-    add("--cache_dir", str, "DIR", None, "for DIV2K and decoded photos (default: data/, or your cache if read-only)")
+    add("--cache_dir", str, "DIR", None, "for DIV2K and decoded photos (default: data/, or else ~/.cache/srgan)")
     layers = ("block2_conv2", "block3_conv4", "block5_conv4")
     add("--vgg_layer", layers, None, "block5_conv4", "VGG19 layer of the content loss")
     add("--vgg_weights", str, "FILE", None, "VGG19 weights (default: downloaded once by Keras)")
@@ -87,13 +88,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--colour", weight, "W", 0.0, "weight of the colour loss")
     add("--artifact", weight, "W", 0.0, "weight of the artifact loss")
     add("--lr_disc", rate, "RATE", None, "learning rate of the discriminator (default: that of --lr_gen)")
-    add(
-        "--lr_decay",
-        ("paper", "cosine", "none"),
-        None,
-        "paper",
-        "paper: a tenth in the GAN's second half; cosine: to 0",
-    )
+    decays = ("paper", "cosine", "none")
+    add("--lr_decay", decays, None, "paper", "paper: a tenth in the second half of the GAN; cosine: down to 0")
     add("--precision", ("float32", "bfloat16"), None, "float32", "number format to train or upscale in")
     add("--ema", number(float, 0, 0.99999), "DECAY", 0.0, "average the generator's weights over the steps; 0: off")
     add("--jpeg", jpeg_qualities, "LOW-HIGH", None, "compress half of the LR patches as JPEG, with these qualities")
@@ -106,6 +102,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(RELEASE.split() + argv) if args.recipe == "release" else args
     if empty := [name for name, value in vars(args).items() if value == ""]:
         parser.error(f"--{empty[0]} is empty")
+    if args.export and args.ensemble:
+        parser.error("--ensemble can't be exported")
     if not args.pretrained and (args.input or args.output or args.skip_existing):
         parser.error("--input, --output and --skip_existing need --pretrained")
     if not (args.pretrained or args.evaluate or args.export):
@@ -125,8 +123,10 @@ def check_exists(*paths):
 def check_writable(file):
     """Raise OSError if `file`, with any missing folders above it, can't be written."""
     above = next(folder for folder in file.absolute().parents if folder.exists())
-    if (file.exists() and not file.is_file()) or not above.is_dir() or not os.access(above, os.W_OK):
-        raise OSError(f"can't write {file}: it is not a regular file, or {above} is read-only or not a folder")
+    if file.exists() and not file.is_file():
+        raise OSError(f"can't write {file}: it is not a regular file")
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise OSError(f"can't write {file}: {above} is {'read-only' if above.is_dir() else 'not a folder'}")
 
 
 def find_weights(args):
@@ -157,7 +157,7 @@ def find_jobs(source, output):
         jobs = [(image, target / image.name) for image in data.list_images(source)]
     originals = {os.path.realpath(image) for image, _ in jobs}
     if both := [target for _, target in jobs if os.path.realpath(target) in originals]:
-        raise data.UserError(f"--output {both[0]} is an image of --input, which is never overwritten")
+        raise data.UserError(f"--output {both[0]} is also an input, and inputs are never overwritten")
     check_writable(jobs[0][1])
     return jobs
 
@@ -172,7 +172,9 @@ def upscale(args):
     weights, jobs = find_weights(args), find_jobs(args.input or "input.jpg", args.output or "output.jpg")
     todo = [job for job in jobs if not (args.skip_existing and newer(*job))]
     if len(todo) < len(jobs):
-        print(f"{len(jobs) - len(todo)} of {len(jobs)} results are newer than their inputs, and left as they are")
+        print(f"{len(jobs) - len(todo)} of {len(jobs)} images skipped: their results are newer")
+    if not todo:
+        return 0, 0
     print(f"Running on {start_tensorflow(args.precision)}", flush=True)
 
     from tqdm import tqdm
@@ -232,10 +234,11 @@ def evaluate(args):
 
 def export(args):
     """`--export`: write the generator for other programs."""
-    weights, target = find_weights(args), Path(args.export)
+    weights, target = find_weights(args), Path(os.path.realpath(args.export))
     if target.suffix.lower() == ".onnx" and not importlib.util.find_spec("tf2onnx"):
         raise OSError("exporting to ONNX needs a package that is not installed: pip install tf2onnx")
-    if target.is_dir() and any(target.iterdir()) and not (target / "saved_model.pb").exists():
+    saved_model = {"saved_model.pb", "fingerprint.pb", "assets", "assets.extra", "variables"}
+    if target.is_dir() and not saved_model.issuperset(os.listdir(target)):
         raise OSError(f"--export {target} is a folder with other files: give another name")
     check_writable(target if target.suffix.lower() in (".tflite", ".onnx") else target / "saved_model.pb")
     print(f"Running on {start_tensorflow()}", flush=True)
@@ -322,6 +325,7 @@ def main(argv: list[str] | None = None) -> int:
         except (data.UserError, OSError, MemoryError) as error:  # any other exception is a bug and shows its traceback
             report(error)
     except KeyboardInterrupt:
+        report("interrupted")
         return 130
     except ModuleNotFoundError as error:
         if error.name not in ("numpy", "PIL", "tqdm", "keras", "tensorflow", "tensorboard"):

@@ -250,8 +250,8 @@ def export(network: keras.Model, path: Path) -> None:
         new = Path(folder) / f"new{path.suffix.lower()}"
         try:
             clipped.export(new, form, verbose=False, input_signature=signature)
-        except tf.errors.OpError as error:  # a full disk
+            if path.is_dir():
+                path.replace(Path(folder) / "old")
+            new.replace(path)
+        except (tf.errors.OpError, OSError) as error:  # a full disk
             raise OSError(f"can't write {path}: {str(error).splitlines()[0]}") from error
-        if path.is_dir():
-            path.replace(Path(folder) / "old")
-        new.replace(path)

@@ -57,7 +57,7 @@ def train(args):
             if args.STEPS:
                 train_srgan(generator, vgg, images, pairs, args, srgan)
     except tf.errors.ResourceExhaustedError as error:
-        hint = f"out of memory with --BATCH_SIZE {args.BATCH_SIZE}, or the disk is full"
+        hint = f"out of memory (try a --BATCH_SIZE below {args.BATCH_SIZE}), or the disk is full"
         raise data.UserError(f"{hint}: {str(error).splitlines()[0]}") from error
     except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError) as error:
         raise data.UserError("another worker is gone: start the same command on each again, to continue") from error
@@ -75,8 +75,8 @@ def check_options(run_dir: Path, options: dict):
             raise data.UserError(f"{file} doesn't hold the options of a run: give another --run_dir") from None
         for name in KEPT + KEPT_BY_GAN * ("gan" in begun):
             if (old := before.get(name)) != (new := options[name]):
-                what = f"{run_dir} was begun with {name} {old}, not {new}"
-                raise data.UserError(f"{what}: use the same, or another --run_dir")
+                what = f"other {name}" if name in ("images", "weights") else f"--{name} {old}, not {new}"
+                raise data.UserError(f"{run_dir} was begun with {what}: use the same, or another --run_dir")
     if is_chief():
         with data.atomic_write(file) as temporary:
             temporary.write_text(json.dumps(options, indent=2) + "\n")

@@ -18,8 +18,8 @@ WEIGHTS = Path(__file__).resolve().parent / "weights" / "srgan.weights.h5"
 
 # The flags of `--recipe release`, with which the weights in weights/ were trained. Flags given beside it win.
 RELEASE = (
-    "--PREGENSTEPS 34000 --STEPS 8000 --BATCH_SIZE 64 --lr_pre_gen 6e-4 --lr_gen 1e-4 --lr_disc 1e-5 --lr_decay cosine "
-    "--vgg_layer block3_conv4 --adversarial 1e-2 --colour 10 --artifact 32 --jpeg 60-95 --ema 0.999"
+    "--PREGENSTEPS 36000 --STEPS 24000 --finish 120 --BATCH_SIZE 32 --lr_pre_gen 1e-3 --lr_gen 2e-4 --lr_decay cosine "
+    "--vgg_layer block3_conv4 --adversarial 3e-3 --colour 10 --artifact 32 --jpeg 60-95 --ema 0.999"
 )
 
 
@@ -87,11 +87,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--adversarial", weight, "W", 1e-3, "weight of the adversarial loss, beside the content loss")
     add("--colour", weight, "W", 0.0, "weight of the colour loss")
     add("--artifact", weight, "W", 0.0, "weight of the artifact loss")
+    add("--finish", steps, "N", 0, "after --STEPS, N more with a new discriminator: less is invented")
     add("--lr_disc", rate, "RATE", None, "learning rate of the discriminator (default: that of --lr_gen)")
     decays = ("paper", "cosine", "none")
     add("--lr_decay", decays, None, "paper", "paper: a tenth in the second half of the GAN; cosine: down to 0")
     add("--precision", ("float32", "bfloat16"), None, "float32", "number format to train or upscale in")
-    add("--ema", number(float, 0, 0.99999), "DECAY", 0.0, "average the generator's weights over the steps; 0: off")
+    add(
+        "--ema",
+        number(float, 0, 0.99999),
+        "DECAY",
+        0.0,
+        "average the generator's weights, over a quarter of the steps at most",
+    )
     add("--jpeg", jpeg_qualities, "LOW-HIGH", None, "compress half of the LR patches as JPEG, with these qualities")
     add("--save_every", interval, "N", 100, "steps between checkpoints, which are at most five minutes apart")
     add("--eval_every", interval, "N", 100, "steps between validations")

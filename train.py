@@ -27,9 +27,10 @@ KEEP = 2  # newest checkpoints of a phase
 SAVE_AFTER = 300  # at most this many seconds between checkpoints, however long --save_every steps take
 VALID_IMAGES, VALID_SIZE = 10, 96  # validation crops: the middle 96x96 LR pixels of the first ten images
 
-# Options that can't change when a run is resumed; the last ones only once the GAN has begun.
+# Options that can't change when a run is resumed; the last ones only once the GAN, or its finish, has begun.
 KEPT = ("BATCH_SIZE", "images", "weights", "precision", "ema", "jpeg", "seed")
 KEPT_BY_GAN = ("PREGENSTEPS", "vgg_layer", "adversarial", "colour", "artifact")
+KEPT_BY_FINISH = ("STEPS",)
 
 
 def train(args):
@@ -55,7 +56,11 @@ def train(args):
                 train_srresnet(generator, images, pairs, args, srresnet)
                 model.load_weights(generator, srresnet)  # averaged, with --ema
             if args.STEPS:
-                train_srgan(generator, vgg, images, pairs, args, srgan)
+                first = run_dir / "gan.weights.h5" if args.finish else srgan
+                train_srgan("gan", args.STEPS, args.seed + 1, generator, vgg, images, pairs, args, first)
+            if args.STEPS and args.finish:
+                model.load_weights(generator, first)
+                train_srgan("finish", args.finish, args.seed + 2, generator, vgg, images, pairs, args, srgan)
     except tf.errors.ResourceExhaustedError as error:
         hint = f"out of memory (try a --BATCH_SIZE below {args.BATCH_SIZE}), or the disk is full"
         raise data.UserError(f"{hint}: {str(error).splitlines()[0]}") from error
@@ -73,7 +78,7 @@ def check_options(run_dir: Path, options: dict):
             before = dict(json.loads(file.read_text()))
         except (TypeError, ValueError):
             raise data.UserError(f"{file} doesn't hold the options of a run: give another --run_dir") from None
-        for name in KEPT + KEPT_BY_GAN * ("gan" in begun):
+        for name in KEPT + KEPT_BY_GAN * ("gan" in begun) + KEPT_BY_FINISH * ("finish" in begun):
             if (old := before.get(name)) != (new := options[name]):
                 what = f"other {name}" if name in ("images", "weights") else f"--{name} {old}, not {new}"
                 raise data.UserError(f"{run_dir} was begun with {what}: use the same, or another --run_dir")
@@ -126,12 +131,12 @@ def train_srresnet(generator, images, pairs, args, weights):
     fit("pretrain", step, state, args.PREGENSTEPS, args.seed, images, pairs, args, weights)
 
 
-def train_srgan(generator, vgg, images, pairs, args, weights):
+def train_srgan(name, steps, seed, generator, vgg, images, pairs, args, weights):
     """The generator against a new discriminator, on the perceptual loss (equations 2 and 3)."""
-    keras.utils.set_random_seed(args.seed + 1)  # the same whether or not pre-training ran in this process
+    keras.utils.set_random_seed(seed)  # the same whether or not earlier phases ran in this process
     discriminator = model.discriminator()
-    optimizer = adam(generator, args.lr_gen, args.STEPS, args.lr_decay, args.ema)
-    discriminator_optimizer = adam(discriminator, args.lr_disc or args.lr_gen, args.STEPS, args.lr_decay)
+    optimizer = adam(generator, args.lr_gen, steps, args.lr_decay, args.ema)
+    discriminator_optimizer = adam(discriminator, args.lr_disc or args.lr_gen, steps, args.lr_decay)
 
     def step(lr, hr):
         with tf.GradientTape() as generator_tape, tf.GradientTape() as discriminator_tape:
@@ -156,7 +161,7 @@ def train_srgan(generator, vgg, images, pairs, args, weights):
 
     networks = {"generator": generator, "discriminator": discriminator}
     state = networks | {"optimizer": optimizer, "discriminator_optimizer": discriminator_optimizer}
-    fit("gan", step, state, args.STEPS, args.seed + 1, images, pairs, args, weights, vgg)
+    fit(name, step, state, steps, seed, images, pairs, args, weights, vgg)
 
 
 class Adam(keras.optimizers.Adam):
@@ -171,14 +176,17 @@ class Adam(keras.optimizers.Adam):
 
 
 def adam(network, learning_rate, steps, decay, ema=0.0, drop=True):
-    """The paper's Adam: the second half of the GAN has a tenth of the rate (`drop`). `ema` averages the weights."""
+    """The paper's Adam: the second half of the GAN has a tenth of the rate (`drop`).
+
+    With `ema`, it averages the weights over the steps, a quarter of them at most: earlier ones had a higher rate.
+    """
     if decay == "cosine":
         schedule = keras.optimizers.schedules.CosineDecay(learning_rate, max(1, steps))
     else:  # constant rates are schedules, too: as a plain number, a checkpoint's rate would replace a new one
         second = learning_rate / 10 if decay == "paper" and drop else learning_rate
         last = max(0, steps // 2 - 1)  # of the first half, counted from 0
         schedule = keras.optimizers.schedules.PiecewiseConstantDecay([last], [learning_rate, second])
-    optimizer = Adam(schedule, beta_1=0.9, use_ema=ema > 0, ema_momentum=ema or 0.99)
+    optimizer = Adam(schedule, beta_1=0.9, use_ema=ema > 0, ema_momentum=min(ema, steps / (steps + 4)))
     optimizer.build(network.trainable_variables)
     return optimizer
 

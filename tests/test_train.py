@@ -113,7 +113,7 @@ def test_adam_is_kerass_with_the_papers_rates():
 def test_ema_averages_the_weights_and_checkpoints_come_in_time(tiny_networks, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "KEEP", 100)
     monkeypatch.setattr(train, "SAVE_AFTER", 0)  # seconds, and not minutes
-    assert run(*training(photos, tmp_path, *"--PREGENSTEPS 3 --STEPS 0 --save_every 1000 --ema 0.5".split())) == 0
+    assert run(*training(photos, tmp_path, *"--PREGENSTEPS 3 --STEPS 0 --save_every 1000 --ema 0.9".split())) == 0
     network, history = tiny.generator(), []
     for step in (1, 2, 3):
         path = tmp_path / "checkpoints" / "pretrain" / f"{step:07d}"
@@ -122,7 +122,8 @@ def test_ema_averages_the_weights_and_checkpoints_come_in_time(tiny_networks, ph
     model.load_weights(network, tmp_path / WEIGHTS[0])
     for variable, one, two, three in zip(network.trainable_variables, *history):
         assert not np.array_equal(two, three)
-        np.testing.assert_allclose(variable, 0.25 * one + 0.25 * two + 0.5 * three, rtol=1e-4, atol=1e-6)
+        expected = (9 * one + 12 * two + 28 * three) / 49  # a decay of 3/7 instead of 0.9, since there are few steps
+        np.testing.assert_allclose(variable, expected, rtol=1e-4, atol=1e-6)
     # Their normalisation has the statistics of their own features.
     images, _ = data.load(photos, photos.with_name("cache"))
     lrs = np.concatenate([lr for lr, _ in data.patches(images, 16, 0, 16, seed=3)])
@@ -163,6 +164,15 @@ def test_a_finished_run_is_not_trained_again_and_more_steps_extend_it(finished, 
     assert run(*training(photos, finished, "--STEPS", 37)) == 0
     assert [step for step, _ in curves(finished)["gan"]["PSNR"]] == [0, 10, 20, 30, 34, 37]
     assert all(file.read_text() == "mine" for file in foreign)
+
+
+def test_finish_goes_on_with_a_new_discriminator(finished, photos, capsys):
+    srgan, command = (finished / WEIGHTS[1]).read_bytes(), training(photos, finished, "--finish", 6)
+    assert run(*command) == 0 and "finish: compiling" in capsys.readouterr().out
+    assert (finished / "gan.weights.h5").read_bytes() == srgan != (finished / WEIGHTS[1]).read_bytes()
+    assert [step for step, _ in figures.read(finished / "logs" / "finish")["PSNR"]] == [0, 6]
+    assert run(*command) == 0 and "compiling" not in capsys.readouterr().out
+    assert "STEPS" in refusal(capsys, *command, "--STEPS", 50, started=True)
 
 
 def test_what_may_not_change_when_a_run_goes_on(finished, photos, tmp_path, capsys):
@@ -296,7 +306,7 @@ def test_a_gan_step_of_the_real_networks_repeats_to_the_bit(vgg_weights, monkeyp
     monkeypatch.setattr(model, "BLOCKS", 2)  # all of them are alike
     recorded, vgg = [], losses.vgg_features("block2_conv2", vgg_weights)
     monkeypatch.setattr(train, "fit", lambda name, step, state, *rest: recorded.append((step, state)))
-    train.train_srgan(model.generator(), vgg, None, None, main.parse(["--recipe", "release"]), None)
+    train.train_srgan("gan", 9, 0, model.generator(), vgg, None, None, main.parse(["--recipe", "release"]), None)
     ((step, state),) = recorded
     for layer in state["generator"].layers:
         if isinstance(layer, keras.layers.BatchNormalization):

@@ -137,7 +137,7 @@ def places(tmp_path, monkeypatch):
 
 
 REFUSED = {  # a word of the line, and flags
-    "a.png is an image of --input": "a.png --output a.png; a.png --output folder/../a.png; a.png --output ./; "
+    "a.png is also an input": "a.png --output a.png; a.png --output folder/../a.png; a.png --output ./; "
     "link.png --output a.png; folder --output folder",
     "overwritten": "a.png --output link.png; links --output out",
     ".webp": "a.png --output b.xyz; a.png --output b; empty --output out",
@@ -152,7 +152,7 @@ REFUSED = {  # a word of the line, and flags
     "a.png --output b.png --blend 0.5 --weights out/b.png",
     "no images in empty": "--evaluate empty",
     "folder": "--export folder; --export folder.tflite",
-    "can't write a.png": "--export a.png",
+    "a.png is not a folder": "--export a.png",
 }
 
 

@@ -66,7 +66,7 @@ def list_images(folder: str | Path) -> list[Path]:
 
 @contextlib.contextmanager
 def open_image(path: str | Path):
-    """Open an image with Pillow, its pixels not decoded yet. Every error inside becomes an OSError of one line."""
+    """Yield a file's content, and Pillow's image of it, not decoded yet. Errors inside become OSErrors of one line."""
     Image.MAX_IMAGE_PIXELS = None  # large images are welcome
     PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20  # so are, up to 64 MB, long texts and colour profiles
     TiffImagePlugin.READ_LIBTIFF = True  # Pillow's own reader takes planes of 16 bits for planes of 8
@@ -75,7 +75,7 @@ def open_image(path: str | Path):
             raise OSError("it is not a regular file")
         content = Path(path).read_bytes()
         try:
-            yield Image.open(io.BytesIO(content), formats=sorted(set(SUFFIXES.values())))
+            yield content, Image.open(io.BytesIO(content), formats=sorted(set(SUFFIXES.values())))
         except Image.UnidentifiedImageError:
             if kind := SUFFIXES.get(Path(path).suffix.lower()):
                 Image.OPEN[kind][0](io.BytesIO(content))  # raises why: "12-bit"
@@ -88,10 +88,10 @@ def open_image(path: str | Path):
 
 def read_image(path: str | Path) -> ImageData:
     """Read any image, the first of several, upright; 16 bits stay except in colour TIFF. Raises OSError of one line."""
-    with open_image(path) as image:
+    with open_image(path) as (content, image):
         image.load()
         exif = image.getexif()  # Pillow turns a TIFF upright by itself, and removes the orientation here
-        icc, dpi, content = image.info.get("icc_profile"), image.info.get("dpi"), Path(path).read_bytes()
+        icc, dpi = image.info.get("icc_profile"), image.info.get("dpi")
         metadata = {"lossless": image.format == "WEBP" and b"VP8L" in content}
         if image.format == "PNG" and content[24] == 16:  # Pillow reduces colour to 8 bits
             import tensorflow as tf
@@ -419,6 +419,8 @@ def patches(images: PreparedImages, batch_size: int, first_step: int, last_step:
         square = square[:: -1 if way & 1 else 1, :: -1 if way & 2 else 1]
         return square.T if way & 4 else square
 
+    turns = np.stack([turn(positions[:LR_PATCH, :LR_PATCH], way).ravel() for way in range(8)])
+
     @functools.lru_cache(2)  # a batch may end one epoch and begin the next
     def order(epoch):
         return np.random.default_rng([seed, 0, epoch]).permutation(visits)
@@ -442,8 +444,10 @@ def patches(images: PreparedImages, batch_size: int, first_step: int, last_step:
         return lrs, hrs, np.int32(qualities), turns[ways] + np.int32(tops % block * side + lefts % block)[:, None]
 
     def compress_and_turn(lrs, hrs, qualities, places):
-        lrs, which = tf.reshape(lrs, (batch_size, side, side, 3)), tf.where(qualities > 0)
+        lrs = tf.reshape(lrs, (batch_size, side, side, 3))
         if jpeg:
+            which = tf.where(qualities > 0)
+            one_by_one = {"fn_output_signature": tf.TensorSpec((side, side, 3), tf.uint8), "parallel_iterations": 1}
             code = functools.partial(tf.image.adjust_jpeg_quality, dct_method="INTEGER_ACCURATE")  # as Pillow
             coded = tf.map_fn(lambda n: code(lrs[n[0]], qualities[n[0]]), which, **one_by_one)
             lrs = tf.tensor_scatter_nd_update(lrs, which, coded)
@@ -451,9 +455,7 @@ def patches(images: PreparedImages, batch_size: int, first_step: int, last_step:
         hrs = tf.reshape(hrs, (batch_size, HR_PATCH, HR_PATCH, 3))
         return tf.reshape(lrs, (batch_size, LR_PATCH, LR_PATCH, 3)), hrs
 
-    turns = np.stack([turn(positions[:LR_PATCH, :LR_PATCH], way).ravel() for way in range(8)])
     types, options = (tf.uint8, tf.uint8, tf.int32, tf.int32), tf.data.Options()
-    one_by_one = {"fn_output_signature": tf.TensorSpec((side, side, 3), tf.uint8), "parallel_iterations": 1}
     options.threading.private_threadpool_size = os.cpu_count()  # training on a CPU has one thread
     steps = tf.data.Dataset.range(first_step + 1, last_step + 1).with_options(options)
     cuts = steps.map(lambda step: tf.numpy_function(cut, [step], types, stateful=False), 1, deterministic=True)

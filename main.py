@@ -155,7 +155,7 @@ def find_jobs(source, output):
     if not source.is_dir():
         target = target / source.name if output.endswith("/") or target.is_dir() else target
         jobs = [(source, target)]
-        with data.open_image(source) as image:
+        with data.open_image(source) as (_, image):
             size = image.size
         data.check_output(target, *size)
     elif target.suffix.lower() in data.SUFFIXES or target.is_file():

@@ -167,10 +167,10 @@ def tiled(function, image, scale: int, tile: int, halo: int) -> np.ndarray:
     result = None
     for top in range(0, height, tile):
         y, lefts = max(top - halo, 0), range(0, width, tile)
+        xs = [max(left - halo, 0) for left in lefts]
         # A GPU gets all the work of a row before the first result is waited for.
-        parts = [function(image[y : top + tile + halo, max(left - halo, 0) : left + tile + halo]) for left in lefts]
-        for left, part in zip(lefts, parts):
-            x = max(left - halo, 0)
+        parts = [function(image[y : top + tile + halo, x : left + tile + halo]) for left, x in zip(lefts, xs)]
+        for left, x, part in zip(lefts, xs, parts):
             part = np.asarray(part[scale * (top - y) :, scale * (left - x) :][: scale * tile, : scale * tile])
             if result is None:
                 result = np.empty((scale * height, scale * width, part.shape[-1]), part.dtype)
@@ -240,7 +240,6 @@ def export(network: keras.Model, path: Path) -> None:
     It takes `(1, height, width, 3)` float32 RGB, 0 to 255, of any size, and returns `(1, 4 * height, 4 * width, 3)`,
     clipped to 0 to 255. An existing file or folder is replaced when the new one is whole. Raises OSError.
     """
-    path = Path(path).absolute()  # the current folder may be replaced, too
     form = {".tflite": "litert", ".onnx": "onnx"}.get(path.suffix.lower(), "tf_saved_model")
     signature = [tf.TensorSpec((1, None, None, 3), tf.float32, name="lr")]
     clipped = keras.Model(network.input, keras.ops.clip(network.output, 0, 255), name=network.name)

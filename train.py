@@ -1,6 +1,6 @@
 """Training: SRResNet with the MSE, then SRGAN with the perceptual loss (Ledig et al. 2017, section 3.2).
 
-From top to bottom: the devices, the two phases with their training steps, the loop, and what the loop uses.
+From top to bottom: the whole run, the devices, the phases with their training steps, the loop, and what the loop uses.
 """
 
 import contextlib
@@ -56,10 +56,10 @@ def train(args):
                 train_srresnet(generator, images, pairs, args, srresnet)
                 model.load_weights(generator, srresnet)  # averaged, with --ema
             if args.STEPS:
-                first = run_dir / "gan.weights.h5" if args.finish else srgan
-                train_srgan("gan", args.STEPS, args.seed + 1, generator, vgg, images, pairs, args, first)
+                gan = run_dir / "gan.weights.h5" if args.finish else srgan
+                train_srgan("gan", args.STEPS, args.seed + 1, generator, vgg, images, pairs, args, gan)
             if args.STEPS and args.finish:
-                model.load_weights(generator, first)
+                model.load_weights(generator, gan)
                 train_srgan("finish", args.finish, args.seed + 2, generator, vgg, images, pairs, args, srgan)
     except tf.errors.ResourceExhaustedError as error:
         hint = f"out of memory (try a --BATCH_SIZE below {args.BATCH_SIZE}), or the disk is full"

@@ -374,10 +374,11 @@ def prepare(folder: Path, cache: Path) -> dict[Path, Path]:
     stats = {path: path.stat() for path in list_images(folder)}
     targets = {p: store / f"{digest((1, p.name, s.st_size, s.st_mtime_ns))}.npy" for p, s in stats.items()}
 
-    def prepare_image(path):  # returns why the image can't be used, or None
+    def is_prepared(path):
         with contextlib.suppress(OSError, ValueError, EOFError):  # missing or damaged
-            np.load(targets[path], mmap_mode="r")
-            return
+            return np.load(targets[path], mmap_mode="r") is not None
+
+    def prepare_image(path):  # returns why the image can't be used, or None
         try:
             hr = read_rgb(path)
         except OSError as error:
@@ -392,12 +393,14 @@ def prepare(folder: Path, cache: Path) -> dict[Path, Path]:
     with lock(store), ThreadPool(min(os.cpu_count(), 16)) as pool:
         for stale in set(store.glob("*.npy")).difference(targets.values()):
             stale.unlink()
-        lines = list(tqdm(pool.imap(prepare_image, targets), "preparing images", len(targets), disable=None))
-    for line in filter(None, lines):
+        todo = [path for path in targets if not is_prepared(path)]  # not in the threads: Python 3.11's ast fails there
+        lines = dict(zip(todo, tqdm(pool.imap(prepare_image, todo), "preparing images", len(todo), disable=None)))
+    for line in filter(None, lines.values()):
         print(f"left out: {line}", file=sys.stderr)
-    if all(lines):
-        raise UserError(f"{folder} has no usable images (of {len(lines)}): each needs {HR_PATCH}x{HR_PATCH} pixels")
-    return {path: target for (path, target), line in zip(targets.items(), lines) if line is None}
+    usable = {path: target for path, target in targets.items() if not lines.get(path)}
+    if not usable:
+        raise UserError(f"{folder} has no usable images (of {len(targets)}): each needs {HR_PATCH}x{HR_PATCH} pixels")
+    return usable
 
 
 def patches(images: PreparedImages, batch_size: int, first_step: int, last_step: int, seed: int, jpeg=None):

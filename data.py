@@ -26,8 +26,8 @@ SCALE, LR_PATCH, HR_PATCH = 4, 24, 96
 VISIT_PIXELS = 400 * 400  # an epoch of training visits an image once per this many HR pixels
 
 
-class UserError(Exception):
-    """What the user can mend: printed as one line without a traceback, as is OSError, for files."""
+class UserError(OSError):
+    """What the user can mend, beside faults of files: printed, as any OSError, as one line without a traceback."""
 
 
 # What can be read and written, and Pillow's name of the format.
@@ -345,7 +345,7 @@ def digest(value):
 
 
 def load(data_dir: str | Path | None = None, cache_dir: str | Path | None = None):
-    """The images to train on and to validate with, two PreparedImages. Raises OSError or UserError.
+    """The images to train on and to validate with, two PreparedImages. Raises OSError.
 
     `data_dir` holds `train/` and `valid/` (`val/`, `validation/`), or DIV2K's folders, or just images, a few of which,
     always the same, validate. None: DIV2K, downloaded on first use. It and the prepared images lie in `cache_dir`, or

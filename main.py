@@ -92,13 +92,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     decays = ("paper", "cosine", "none")
     add("--lr_decay", decays, None, "paper", "paper: a tenth in the second half of the GAN; cosine: down to 0")
     add("--precision", ("float32", "bfloat16"), None, "float32", "number format to train or upscale in")
-    add(
-        "--ema",
-        number(float, 0, 0.99999),
-        "DECAY",
-        0.0,
-        "average the generator's weights, over a quarter of the steps at most",
-    )
+    add("--ema", number(float, 0, 0.99999), "DECAY", 0.0, "average the generator's weights over the last steps; 0: off")
     add("--jpeg", jpeg_qualities, "LOW-HIGH", None, "compress half of the LR patches as JPEG, with these qualities")
     add("--save_every", interval, "N", 100, "steps between checkpoints, which are at most five minutes apart")
     add("--eval_every", interval, "N", 100, "steps between validations")
@@ -170,18 +164,16 @@ def find_jobs(source, output):
 
 
 def upscale(args):
-    """`--pretrained`: write each image four times larger. Returns the number of images, and of those that failed."""
+    """`--pretrained`: write each image four times larger. Raises OSError if some failed, after the others."""
     import data
 
-    def newer(source, target):
-        return target.exists() and target.stat().st_mtime > source.stat().st_mtime
-
     weights, jobs = find_weights(args), find_jobs(args.input or "input.jpg", args.output or "output.jpg")
-    todo = [job for job in jobs if not (args.skip_existing and newer(*job))]
-    if len(todo) < len(jobs):
+    todo = jobs
+    if args.skip_existing:
+        todo = [(a, b) for a, b in jobs if not (b.exists() and b.stat().st_mtime > a.stat().st_mtime)]
         print(f"{len(jobs) - len(todo)} of {len(jobs)} images skipped: their results are newer")
     if not todo:
-        return 0, 0
+        return
     print(f"Running on {start_tensorflow(args.precision)}", flush=True)
 
     from tqdm import tqdm
@@ -201,14 +193,17 @@ def upscale(args):
             target.parent.mkdir(parents=True, exist_ok=True)
             data.write_image(target, image)
             tqdm.write(f"{target}: {data.SCALE * width}x{data.SCALE * height}")
-        except (data.UserError, OSError, MemoryError) as error:
+        except (OSError, MemoryError) as error:
+            if len(todo) == 1:
+                raise
             report(error)
             failed += 1
-    return len(todo), failed
+    if failed:
+        raise data.UserError(f"{failed} of {len(todo)} images failed")
 
 
 def evaluate(args):
-    """`--evaluate`: print PSNR and SSIM of bicubic and of the model. Returns the number of images, and of failures."""
+    """`--evaluate`: print PSNR and SSIM of bicubic and of the model."""
     import data
 
     check_exists(args.evaluate)
@@ -227,16 +222,11 @@ def evaluate(args):
     print(f"{'':24}      bicubic          model\n{'':24}   PSNR    SSIM     PSNR    SSIM")
     table = []  # (images, 2, 2): bicubic and model, PSNR and SSIM
     for name, hr_path, lr_path in pairs:
-        try:
-            lr, hr = data.read_pair(hr_path, lr_path)
-            srs = (sr[..., : hr.shape[2]] for sr in (data.bicubic(lr), upscaler(lr)))  # a grey original has one channel
-            table.append([(losses.psnr(sr, hr), losses.ssim(sr, hr)) for sr in srs])
-            row(name, table[-1])
-        except (data.UserError, OSError, MemoryError) as error:
-            report(error)
-    if table:
-        row(f"mean of {len(table)}", np.mean(table, axis=0))
-    return len(pairs), len(pairs) - len(table)
+        lr, hr = data.read_pair(hr_path, lr_path)
+        srs = (sr[..., : hr.shape[2]] for sr in (data.bicubic(lr), upscaler(lr)))  # a grey original has one channel
+        table.append([(losses.psnr(sr, hr), losses.ssim(sr, hr)) for sr in srs])
+        row(name, table[-1])
+    row(f"mean of {len(table)}", np.mean(table, axis=0))
 
 
 def export(args):
@@ -322,15 +312,10 @@ def main(argv: list[str] | None = None) -> int:
             signal.signal(number, lambda number, frame: sys.exit(128 + number))  # removes temporary files on the way
     mode = upscale if args.pretrained else evaluate if args.evaluate else export if args.export else train
     try:
-        import data
-
-        try:
-            count, failed = mode(args) or (1, 0)
-            if failed and count > 1:
-                report(f"{failed} of {count} images failed")
-            return 1 if failed else 0
-        except (data.UserError, OSError, MemoryError) as error:  # any other exception is a bug and shows its traceback
-            report(error)
+        mode(args)
+        return 0
+    except (OSError, MemoryError) as error:  # data.UserError is one, too; any other is a bug and shows its traceback
+        report(error)
     except KeyboardInterrupt:
         report("interrupted")
         return 130

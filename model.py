@@ -4,6 +4,7 @@ Images are RGB, NHWC, 0 to 255; each network rescales them internally. With Kera
 of the generator that touch the image stay float32: bfloat16's 8 significant bits would shift colours by a grey level.
 """
 
+import itertools
 import tempfile
 import warnings
 from functools import partial
@@ -95,25 +96,20 @@ def start_as_interpolation(model: keras.Model) -> None:
     The up-convolutions hold the taps of a quadratic interpolation at -1/4 and +1/4 of a pixel, one phase for each
     output of the pixel shuffle. Training then starts at bicubic's PSNR and not 20 dB below it.
     """
-    layer, rgb = model.get_layer, np.arange(3)
-    taps = np.array([0.15625, 0.9375, -0.09375])  # of the value 1/4 pixel before the centre
-    head, tail = layer("head_conv").kernel.numpy(), np.zeros((9, 9, 64, 3))
-    head[..., rgb] = 0
-    head[4, 4, rgb, rgb] = 1
-    tail[4, 4, rgb, rgb] = 2  # [0, 1] to [-1, 1]
-    layer("head_conv").kernel.assign(head)
-    layer("tail").kernel.assign(tail)
-    layer("tail").bias.assign([-1, -1, -1])
-    for name in ("up1_conv", "up2_conv"):
-        kernel = layer(name).kernel.numpy()
-        for phase, (rows, columns) in enumerate([(r, c) for r in (taps, taps[::-1]) for c in (taps, taps[::-1])]):
-            kernel[..., 64 * phase + rgb] = 0
-            kernel[:, :, rgb, 64 * phase + rgb] = np.outer(rows, columns)[..., None]
-        layer(name).kernel.assign(kernel)
-    for name in ("head_prelu", "up1_prelu", "tail"):
-        alpha = layer(name).alpha.numpy()
-        alpha[..., rgb] = 1  # linear
-        layer(name).alpha.assign(alpha)
+    rgb, taps = np.arange(3), np.array([0.15625, 0.9375, -0.09375])  # of the value 1/4 pixel before the centre
+    weights = {weight.path: weight.numpy() for weight in model.weights}
+    weights["head_conv/kernel"][..., rgb] = 0
+    weights["head_conv/kernel"][4, 4, rgb, rgb] = 1
+    for name in ("up1_conv/kernel", "up2_conv/kernel"):
+        for phase, (rows, columns) in enumerate(itertools.product((taps, taps[::-1]), repeat=2)):
+            weights[name][..., 64 * phase + rgb] = 0
+            weights[name][:, :, rgb, 64 * phase + rgb] = np.outer(rows, columns)[..., None]
+    weights["tail/kernel"][:] = 0
+    weights["tail/kernel"][4, 4, rgb, rgb] = 2  # [0, 1] to [-1, 1]
+    weights["tail/bias"][:] = -1
+    for name in ("head_prelu/alpha", "up1_prelu/alpha", "tail/alpha"):
+        weights[name][..., rgb] = 1  # linear
+    model.set_weights(list(weights.values()))
 
 
 def discriminator() -> keras.Model:

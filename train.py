@@ -5,6 +5,7 @@ From top to bottom: the whole run, the devices, the phases with their training s
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -27,10 +28,12 @@ KEEP = 2  # newest checkpoints of a phase
 SAVE_AFTER = 300  # at most this many seconds between checkpoints, however long --save_every steps take
 VALID_IMAGES, VALID_SIZE = 10, 96  # validation crops: the middle 96x96 LR pixels of the first ten images
 
-# Options that can't change when a run is resumed; the last ones only once the GAN, or its finish, has begun.
-KEPT = ("BATCH_SIZE", "images", "weights", "precision", "ema", "jpeg", "seed")
-KEPT_BY_GAN = ("PREGENSTEPS", "vgg_layer", "adversarial", "colour", "artifact")
-KEPT_BY_FINISH = ("STEPS",)
+# Options that can't change once a phase has begun.
+KEPT = {
+    "pretrain": ("BATCH_SIZE", "images", "weights", "precision", "ema", "jpeg", "seed"),
+    "gan": ("PREGENSTEPS", "vgg_layer", "adversarial", "colour", "artifact"),
+    "finish": ("STEPS",),
+}
 
 
 def train(args):
@@ -74,11 +77,8 @@ def check_options(run_dir: Path, options: dict):
         options["weights"] = f"sha256 {hashlib.sha256(Path(options['weights']).read_bytes()).hexdigest()[:16]}"
     file, begun = run_dir / "options.json", {path.parent.name for path in run_dir.glob("checkpoints/*/*.index")}
     if begun and file.exists():
-        try:
-            before = dict(json.loads(file.read_text()))
-        except (TypeError, ValueError):
-            raise data.UserError(f"{file} doesn't hold the options of a run: give another --run_dir") from None
-        for name in KEPT + KEPT_BY_GAN * ("gan" in begun) + KEPT_BY_FINISH * ("finish" in begun):
+        before = json.loads(file.read_text())
+        for name in itertools.chain(*(names for phase, names in KEPT.items() if phase in begun or phase == "pretrain")):
             if (old := before.get(name)) != (new := options[name]):
                 what = f"other {name}" if name in ("images", "weights") else f"--{name} {old}, not {new}"
                 raise data.UserError(f"{run_dir} was begun with {what}: use the same, or another --run_dir")
@@ -204,31 +204,36 @@ def fit(name, step_function, state, steps, seed, images, pairs, args, weights, v
     networks and optimizers by name. The order of the data needs none: a batch follows from `seed` and its step. Raises
     UserError if a number is not finite, OSError, and SystemExit after a signal, when the state is saved.
     """
-    checkpoint, folder = tf.train.Checkpoint(**state), Path(args.run_dir) / "checkpoints" / name
-    chief, start = is_chief(), restore(checkpoint, folder)
+    run_dir, chief = Path(args.run_dir), is_chief()
+    checkpoint, folder = tf.train.Checkpoint(**state), run_dir / "checkpoints" / name
+    step = start = restore(checkpoint, folder)
     wait_for_workers(start)
-    averaged, average = make_averaging(state["generator"], state["optimizer"], images, args)
-    if start >= steps:
-        if chief and not weights.exists():
-            average()
-            with data.atomic_write(weights) as temporary:
-                averaged.save_weights(temporary)
-        wait_for_workers(start)
-        return print(f"{name}: finished before, after {start} steps: see {weights}")
-
     run, count = compiled(step_function)
     first, last = start // count * count, -(-steps // count) * count  # calls begin at multiples of `count`
     batches = data.patches(images, args.BATCH_SIZE, first, last, seed, args.jpeg)
     batches = batches.batch(count).prefetch(1) if count > 1 else batches
     batches = tf.distribute.get_strategy().experimental_distribute_dataset(batches)  # an equal share for each device
-    validate, status, step, saved = make_validation(averaged, pairs, vgg), {}, start, time.monotonic()
-    writer = open_logs(Path(args.run_dir) / "logs" / name, start) if chief else None
+    averaged, average = make_averaging(state["generator"], state["optimizer"], images, args)
+    validate = make_validation(averaged, pairs, vgg)
+    writer = tf.summary.create_file_writer(str(run_dir / "logs" / name)) if chief else None
+    status, saved = {}, time.monotonic()
+
+    def log(scalars, crops):  # to the progress bar and TensorBoard
+        status.update({key.removesuffix(" Loss"): f"{value:.4g}" for key, value in scalars.items()})
+        with writer.as_default(step):
+            for key, value in scalars.items():
+                tf.summary.scalar(key, value)
+            for key, image in crops.items():
+                tf.summary.image(f"crop/{key}", image[None])
+            writer.flush()
+
     if chief and not start:
-        log(writer, 0, *validate())
-    print(f"{name}: continuing after step {start}" if start else f"{name}: compiling the training step", flush=True)
+        log(*validate())
+    begin = "finished before, " if start >= steps else "continuing " if start else "compiling the training step"
+    print(f"{name}: {begin}{f'after step {start}' if start else ''}", flush=True)
     bar = tqdm(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True, disable=None)
     with bar, catch_signals() as signals:
-        for lrs, hrs in batches:
+        for lrs, hrs in batches if start < steps else ():
             before, step = step, min(step // count * count + count, steps)
             scalars = run(lrs, hrs, tf.constant(before % count), tf.constant((step - 1) % count + 1))
 
@@ -238,30 +243,28 @@ def fit(name, step_function, state, steps, seed, images, pairs, args, weights, v
             saving = due(args.save_every) or bool(signals) or time.monotonic() - saved > SAVE_AFTER
             if due(LOG_EVERY) or due(args.eval_every) or saving:
                 scalars = {key: float(value) for key, value in scalars.items()}  # waits for the device
-                status |= {key.removesuffix(" Loss"): f"{value:.4g}" for key, value in scalars.items()}
                 check_finite(name, step, scalars.values())
             if chief and due(LOG_EVERY):
-                log(writer, step, scalars)
+                log(scalars, {})
             if chief and due(args.eval_every):
                 average()
-                scalars, crops = validate()
-                log(writer, step, scalars, crops)
-                status["PSNR"] = f"{scalars['PSNR']:.2f}"
+                log(*validate())
                 if bar.disable:
                     print(f"{name} {step}/{steps}: {', '.join(f'{k} {v}' for k, v in status.items())}", flush=True)
             bar.set_postfix(status, refresh=False)
             bar.update(step - before)
             if saving:
                 check_finite(name, step, [value.numpy() for part in state.values() for value in part.variables])
-                if chief and step == steps:  # first, so that the last checkpoint vouches for the weights
-                    with data.atomic_write(weights) as temporary:
-                        averaged.save_weights(temporary)
                 if chief:
                     save(checkpoint, folder, step)
                 saved = time.monotonic()
-                if signals:
-                    bar.write(f"Interrupted and saved at step {step}: the same command continues")
-                    sys.exit(128 + signals[0])
+            if signals:
+                bar.write(f"Interrupted and saved at step {step}: the same command continues")
+                sys.exit(128 + signals[0])
+    if chief and (start < steps or not weights.exists()):
+        average()
+        with data.atomic_write(weights) as temporary:
+            averaged.save_weights(temporary)
     wait_for_workers(step)
     print(f"To upscale: python3 main.py --pretrained --weights {weights}")
 
@@ -343,24 +346,6 @@ def restore(checkpoint, folder: Path) -> int:
     if paths:
         raise OSError(f"all checkpoints in {folder} are damaged: remove them to begin this phase anew")
     return 0
-
-
-def open_logs(folder: Path, start: int):
-    """TensorBoard's writer. TensorBoard drops the points of an interrupted run after `start`, which come again."""
-    marker = tf.compat.v1.SessionLog(status=tf.compat.v1.SessionLog.START)
-    with tf.Graph().as_default(), tf.compat.v1.summary.FileWriter(str(folder)) as session:
-        session.add_session_log(marker, start and start + 1)
-    return tf.summary.create_file_writer(str(folder))
-
-
-def log(writer, step: int, scalars: dict, crops: dict = {}):
-    """Write scalars, and images `(h, w, 3)` uint8, to TensorBoard's file."""
-    with writer.as_default(step):
-        for name, value in scalars.items():
-            tf.summary.scalar(name, value)
-        for name, image in crops.items():
-            tf.summary.image(f"crop/{name}", image[None])
-        writer.flush()
 
 
 def validation_pairs(images) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -292,7 +292,7 @@ def test_scores_are_those_of_the_upscaled_files(tmp_path, weights, capsys):
     assert found == {name: pytest.approx(values, abs=0.0051) for name, values in expected.items()}
     (hr_folder / "0.png").write_bytes((hr_folder / "1.png").read_bytes()[:99])
     found, error = scores(capsys, hr_folder, "--weights", weights, code=1)
-    assert str(hr_folder / "0.png") in error and list(found) == ["1", "mean of 1"]
+    assert str(hr_folder / "0.png") in error and not found
 
 
 @pytest.mark.slow

@@ -57,10 +57,8 @@ def list_images(folder: str | Path) -> list[Path]:
         deeper = (path.parent for path in Path(folder).rglob("[!.]*") if path.suffix.lower() in SUFFIXES)
         hint = next((f"there are some in {path}" for path in deeper), f"supported are {' '.join(sorted(SUFFIXES))}")
         raise UserError(f"no images in {folder}: {hint}")
-    folders = sum(path.is_dir() for path in paths)
-    counts = {"file": len(paths) - len(images) - folders, "subfolder": folders}
-    if left_out := " and ".join(f"{n} {what}{'s' * (n > 1)}" for what, n in counts.items() if n):
-        print(f"{folder}: left out {left_out}", file=sys.stderr)
+    if left_out := len(paths) - len(images):
+        print(f"{folder}: left out {left_out} of {len(paths)} files and subfolders: no images", file=sys.stderr)
     return images
 
 

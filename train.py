@@ -136,7 +136,7 @@ def train_srgan(name, steps, seed, generator, vgg, images, pairs, args, weights)
     keras.utils.set_random_seed(seed)  # the same whether or not earlier phases ran in this process
     discriminator = model.discriminator()
     optimizer = adam(generator, args.lr_gen, steps, args.lr_decay, args.ema)
-    discriminator_optimizer = adam(discriminator, args.lr_disc or args.lr_gen, steps, args.lr_decay)
+    discriminator_optimizer = adam(discriminator, args.lr_gen, steps, args.lr_decay)
 
     def step(lr, hr):
         with tf.GradientTape() as generator_tape, tf.GradientTape() as discriminator_tape:

@@ -7,6 +7,8 @@ import tensorflow as tf
 from conftest import make_image
 from PIL import Image
 
+import data
+import model
 from assets import figures
 
 CURVES = {"pretrain": {"PSNR.svg", "MSE_loss.svg"}, "gan": {"perceptual_loss.svg", "discriminator_loss.svg"}}
@@ -16,7 +18,7 @@ MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None  # .ci/run insta
 
 def write_logs(run, phase, evaluations):
     """Write TensorBoard's points of a phase, tagged as train.py tags them."""
-    image = make_image(0, 160, 152)
+    image = make_image(0, 64, 56)
     with tf.summary.create_file_writer(str(run / "logs" / phase)).as_default():
         tf.summary.image("crop/HR", image[None], step=0)
         tf.summary.image("crop/bicubic", image[None] // 2, step=0)
@@ -32,42 +34,34 @@ def made(run, folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_all_figures_of_a_run(tmp_path):
-    run = tmp_path / "run"
+def test_all_figures_of_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "make_upscaler", lambda network: data.bicubic)  # the networks take seconds
+    run, folder = tmp_path / "run", tmp_path / "assets"
     write_logs(run, "pretrain", 40)
     write_logs(run, "gan", 3)
-    names = made(run, tmp_path / "assets").keys()
+    files = made(run, folder)
     curves = CURVES["pretrain"] | CURVES["gan"] if MATPLOTLIB else set()
-    assert names == curves | {"train_video.webp", "architecture.svg", "comparison.png"}
-    with Image.open(tmp_path / "assets" / "train_video.webp") as animation:
+    assert files.keys() == curves | {"train_video.webp", "architecture.svg", "comparison.png"}
+    with Image.open(folder / "train_video.webp") as animation:
         assert 20 < animation.n_frames <= 33  # of 40 and 3 validations
-    with Image.open(tmp_path / "assets" / "comparison.png") as comparison:
+    with Image.open(folder / "comparison.png") as comparison:
         assert comparison.width > 800  # two details of at least 400 pixels
+    # The drawing in the README shows the networks as they are.
+    assert files["architecture.svg"] == (figures.ROOT / "assets" / "architecture.svg").read_bytes()
 
 
-def test_a_phase_without_whole_logs_is_skipped_and_equal_logs_give_equal_bytes(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(figures, "comparison", lambda path: None)  # needs no run, and takes seconds
-    run = tmp_path / "run"
+def test_what_is_missing_is_skipped_and_equal_logs_give_equal_bytes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(figures, "comparison", lambda path: None)  # needs no run
+    run, always = tmp_path / "run", {"train_video.webp", "architecture.svg"}
     write_logs(run, "pretrain", 5)
     first = made(run, tmp_path / "first")
+    assert first.keys() == always | (CURVES["pretrain"] if MATPLOTLIB else set())
     write_logs(run, "gan", 0)  # cut off before the first validation
-    second = made(run, tmp_path / "second")
+    assert made(run, tmp_path / "second") == first
     assert "Skipped SRGAN" in capsys.readouterr().out
-    assert first == second
-    assert first.keys() == {"train_video.webp", "architecture.svg"} | (CURVES["pretrain"] if MATPLOTLIB else set())
-
-
-def test_without_matplotlib_only_the_curves_are_skipped(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(figures, "comparison", lambda path: None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    write_logs(tmp_path / "run", "pretrain", 2)
-    assert made(tmp_path / "run", tmp_path / "assets").keys() == {"train_video.webp", "architecture.svg"}
+    assert made(run, tmp_path / "without matplotlib").keys() == always
     assert "pip install matplotlib" in capsys.readouterr().out
-
-
-def test_the_drawing_shows_the_networks_as_they_are(tmp_path):
-    figures.architecture(tmp_path / "architecture.svg")
-    assert (tmp_path / "architecture.svg").read_bytes() == (figures.ROOT / "assets" / "architecture.svg").read_bytes()
 
 
 def test_a_missing_run_is_one_line(tmp_path, capsys):

@@ -1,6 +1,5 @@
 """Running the generator over images of any size, and the modes --pretrained, --evaluate and --export."""
 
-import functools
 import os
 import re
 import signal
@@ -8,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import keras
 import numpy as np
@@ -22,12 +22,11 @@ import main
 import model
 
 
-@functools.cache
-def disturbed(blocks):
+@pytest.fixture(scope="module")
+def disturbed():
     """A generator with random statistics and gammas: a fresh one is an interpolation, which looks at few pixels."""
     keras.utils.set_random_seed(0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "BLOCKS", blocks)  # with two, it takes a fraction of the time
+    with mock.patch.object(model, "BLOCKS", 2):  # with two, it takes a fraction of the time
         network, rng = model.generator(), np.random.default_rng(0)
     for layer in network.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
@@ -64,20 +63,19 @@ TILES = [(1, 1, (768, 128)), (2, 50, (30, 7)), (70, 61, (43, 24)), (60, 40, (99,
 
 
 @pytest.mark.parametrize("height, width, tiles", TILES)
-def test_tiles_are_exact(height, width, tiles):
-    network, lr = disturbed(16), make_image(3)[:height, :width]
-    sr = model.make_upscaler(network, tiles=tiles)(lr)
+def test_tiles_are_exact(disturbed, height, width, tiles):
+    lr = make_image(3)[:height, :width]
+    sr = model.make_upscaler(disturbed, tiles=tiles)(lr)
     assert sr.std() > 20 or sr.size < 100
-    assert_equal_but_for_rounding(sr, raw(network, lr))
+    assert_equal_but_for_rounding(sr, raw(disturbed, lr))
 
 
-@pytest.mark.parametrize("axis, end", [(0, 0), (0, -1), (1, 0), (1, -1)])
-def test_halos_are_enough_and_no_more_than_that(monkeypatch, axis, end):
-    """Of a generator that takes a part of each value from the farthest pixel that it reaches in one direction.
+def look_far(network, axis, end):
+    """Let a generator take a part of each value from the farthest pixel that it reaches in one direction.
 
     Each convolution shifts the image by its radius, 16 blocks x + 10 shift(x) leave (10 / 11)^16 at full distance.
     """
-    network, rgb = model.generator(), np.arange(3)
+    rgb = np.arange(3)
     for layer in network.layers:
         if isinstance(layer, (keras.layers.Conv2D, model.ShufflePReLUConv)):
             kernel, tap = np.zeros(layer.kernel.shape), [layer.kernel.shape[0] // 2] * 2
@@ -87,37 +85,43 @@ def test_halos_are_enough_and_no_more_than_that(monkeypatch, axis, end):
             layer.kernel.assign(kernel)
             layer.bias.assign(np.full(layer.bias.shape, -1.0 if layer.name == "tail" else 0.0))
         elif layer.name.endswith("norm2") or layer.name == "trunk_norm":
-            gamma = np.full(64, 10.0 if layer.name != "trunk_norm" else 11.0**-16)
-            layer.set_weights([gamma, *layer.get_weights()[1:]])
-    lr = make_image(3, 8, 88) if axis == 0 else make_image(3, 88, 8)
-    upscaler, expected = model.make_upscaler(network, tiles=(44, 20)), raw(network, lr)
-    assert_equal_but_for_rounding(upscaler(lr), expected)
-    for name in ("TRUNK_HALO", "TAIL_HALO"):
-        with monkeypatch.context() as patch:
-            patch.setattr(model, name, getattr(model, name) - 1)
-            assert np.abs(upscaler(lr) - expected.clip(0, 255)).max() > 2
+            layer.gamma.assign(np.full(64, 10.0 if layer.name != "trunk_norm" else 11.0**-16))
+
+
+def test_halos_are_enough_and_no_more_than_that(monkeypatch):
+    network = model.generator()
+    upscaler = model.make_upscaler(network, tiles=(44, 20))
+    for axis, end in ((0, 0), (0, -1), (1, 0), (1, -1)):
+        look_far(network, axis, end)
+        lr = make_image(3, 8, 88) if axis == 0 else make_image(3, 88, 8)
+        expected = raw(network, lr)
+        assert_equal_but_for_rounding(upscaler(lr), expected)
+        for name in ("TRUNK_HALO", "TAIL_HALO"):
+            with monkeypatch.context() as patch:
+                patch.setattr(model, name, getattr(model, name) - 1)
+                assert np.abs(upscaler(lr) - expected.clip(0, 255)).max() > 2
 
 
 @pytest.mark.parametrize("kind, scale", [(np.uint8, 1), (np.uint16, 257)])
-def test_grey_stays_grey_and_the_rest_is_the_networks(kind, scale):
-    network, lr = disturbed(2), make_image(1, 40, 30)
+def test_grey_stays_grey_and_the_rest_is_the_networks(disturbed, kind, scale):
+    lr = make_image(1, 40, 30)
     grey = lr[..., :1].repeat(3, axis=2)
-    upscaler, expected = model.make_upscaler(network), raw(network, grey)
+    upscaler, expected = model.make_upscaler(disturbed), raw(disturbed, grey)
     sr = upscaler(kind(grey) * kind(scale))
     assert np.ptp(expected, axis=-1).mean() > 1 and np.ptp(sr, axis=-1).max() == 0 and sr.dtype == kind
     np.testing.assert_array_equal(sr[..., :1], upscaler(kind(grey[..., :1]) * kind(scale)))
     assert np.abs(sr[..., 0] / scale - expected.mean(-1).clip(0, 255)).max() < 0.51 / scale + 0.001
     lr[:-1] = grey[:-1]  # one row with colour
     sr = upscaler(kind(lr) * kind(scale))
-    assert np.abs(sr / scale - raw(network, lr).clip(0, 255)).max() < 0.51 / scale + 0.001
+    assert np.abs(sr / scale - raw(disturbed, lr).clip(0, 255)).max() < 0.51 / scale + 0.001
 
 
-def test_ensemble_is_the_mean_of_eight():
-    network, lr, total = disturbed(2), make_image(5, 50, 30), 0
+def test_ensemble_is_the_mean_of_eight(disturbed):
+    lr, total = make_image(5, 50, 30), 0
     for mirror in (1, -1):
         for turn in range(4):
-            total = total + np.rot90(raw(network, np.rot90(lr[::mirror], turn)), -turn)[::mirror]
-    assert_equal_but_for_rounding(model.make_upscaler(network, ensemble=True, tiles=(32, 20))(lr), total / 8)
+            total = total + np.rot90(raw(disturbed, np.rot90(lr[::mirror], turn)), -turn)[::mirror]
+    assert_equal_but_for_rounding(model.make_upscaler(disturbed, ensemble=True, tiles=(32, 20))(lr), total / 8)
 
 
 @pytest.fixture
@@ -141,7 +145,7 @@ REFUSED = {  # a word of the line, and flags
     "link.png --output a.png; folder --output folder",
     "overwritten": "a.png --output link.png; links --output out",
     ".webp": "a.png --output b.xyz; a.png --output b; empty --output out",
-    "65600x4": "long.png --output b.jpg; long.png --output b.webp",
+    "65600x4": "long.png --output b.jpg",
     "text.txt": "text.txt --output b.png; folder --output text.txt; a.png --output text.txt/; --evaluate text.txt; "
     "folder --output text.txt/out; --export text.txt/a.tflite",
     "must be a folder": "folder; folder --output b.png",
@@ -191,7 +195,7 @@ def test_a_folder_of_images_of_which_some_are_done(tmp_path, weights, capsys):
 
 
 def test_one_image_into_a_folder_and_what_fails(places, weights, capsys, monkeypatch):
-    for output in ("new/", "empty", "folder/"):
+    for output in ("new/", "empty"):
         assert run("--pretrained", "--input", "a.png", "--output", output, "--weights", weights) == 0
         assert Image.open(Path(output) / "a.png").size == (120, 80)
 

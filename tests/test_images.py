@@ -7,6 +7,7 @@ import resource
 import struct
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ RGB_16 = np.random.default_rng(0).integers(0, 2**16, (30, 40, 3), np.uint16)
 RGBA_16 = np.dstack([RGB_16, RGB_16[..., 0]])
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 ORIENTATION = 0x0112
+SAMPLES = Path(__file__).with_name("tiff")  # kinds of TIFF that Pillow doesn't write
 
 
 def png_16(pixels):
@@ -45,60 +47,31 @@ def saved(pixels, kind, mode=None, **options):
     return file.getvalue()
 
 
-def tiff(pixels, planar=1, order="<", tile=0, next_page=0, **tags):
-    """An uncompressed TIFF of `(h, w, channels)`, in planes (2) or not (1), in one strip or in tiles that fit."""
-    height, width, channels = pixels.shape
-    planes = np.split(pixels, channels, 2) if planar == 2 else [pixels]
-    corners = [(y, x) for y in range(0, height, tile or height) for x in range(0, width, tile or width)]
-    chunks = [plane[y : y + (tile or height), x : x + (tile or width)] for plane in planes for y, x in corners]
-    chunks = [chunk.astype(pixels.dtype.newbyteorder(order)).tobytes() for chunk in chunks]
-    *offsets, end = np.cumsum([8] + [len(chunk) for chunk in chunks]).tolist()
-    values = {256: [width], 257: [height], 258: [pixels.itemsize * 8] * channels, 259: [1], 262: [2], 277: [channels]}
-    values |= {284: [planar], 324 if tile else 273: offsets, 325 if tile else 279: [len(chunk) for chunk in chunks]}
-    values |= {322: [tile], 323: [tile]} if tile else {278: [height]}
-    values |= {int(tag[1:]): numbers for tag, numbers in tags.items()}
-    entries, more, start = b"", b"", end + 2 + 12 * len(values) + 4
-    for tag, numbers in sorted(values.items()):
-        content = struct.pack(f"{order}{len(numbers)}I", *numbers)
-        place = content if len(numbers) == 1 else struct.pack(order + "I", start + len(more))
-        entries += struct.pack(order + "HHI", tag, 4, len(numbers)) + place
-        more += content if len(numbers) > 1 else b""
-    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "I", end)
-    count, following = struct.pack(order + "H", len(values)), struct.pack(order + "I", next_page)
-    return head + b"".join(chunks) + count + entries + following + more
-
-
-def lab():
-    profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
-    return ImageCms.profileToProfile(Image.fromarray(RGB), *profiles, outputMode="LAB")
-
-
 PALETTE, KEY, BLACK = Image.fromarray(RGB).quantize(50), tuple(map(int, RGB[0, 0])), Image.new("RGB", (40, 30))
 # name: (the file, its pixels as RGB or grey and perhaps alpha, or None: about RGB, or GREY, or with some alpha)
 KINDS = {
     "png": (saved(RGB, "PNG"), RGB),
-    "grey.png": (saved(GREY, "PNG"), GREY),
     "rgba.png": (saved(RGBA, "PNG"), RGBA),
-}
-KINDS |= {"1bit.png": (saved(GREY > 128, "PNG"), np.uint8(GREY > 128) * 255), "la.png": (saved(LA, "PNG"), LA)}
-KINDS |= {"palette.png": (saved(PALETTE, "PNG"), np.asarray(PALETTE.convert("RGB")))}
-KINDS |= {"transparent palette.png": (saved(PALETTE, "PNG", transparency=3), None)}
-KINDS |= {"transparent colour.png": (saved(RGB, "PNG", transparency=KEY), None)}
-KINDS |= {"16 bit.png": (png_16(RGB_16), RGB_16), "16 bit grey.png": (png_16(RGB_16[..., 0]), RGB_16[..., 0])}
-KINDS |= {"16 bit rgba.png": (png_16(RGBA_16), RGBA_16), "16 bit la.png": (png_16(RGB_16[..., :2]), RGB_16[..., :2])}
-KINDS |= {"jpg": (saved(RGB, "JPEG"), None), "grey.jpe": (saved(GREY, "JPEG"), None)}
-KINDS |= {
+    "grey.png": (saved(GREY, "PNG"), GREY),
+    "la.png": (saved(LA, "PNG"), LA),
+    "1bit.png": (saved(GREY > 128, "PNG"), np.uint8(GREY > 128) * 255),
+    "palette.png": (saved(PALETTE, "PNG"), np.asarray(PALETTE.convert("RGB"))),
+    "transparent palette.png": (saved(PALETTE, "PNG", transparency=3), None),
+    "transparent colour.png": (saved(RGB, "PNG", transparency=KEY), None),
+    "16 bit.png": (png_16(RGB_16), RGB_16),
+    "16 bit rgba.png": (png_16(RGBA_16), RGBA_16),
+    "16 bit grey.png": (png_16(RGB_16[..., 0]), RGB_16[..., 0]),
+    "16 bit la.png": (png_16(RGB_16[..., :2]), RGB_16[..., :2]),
+    "jpg": (saved(RGB, "JPEG"), None),
     "cmyk.jfif": (saved(RGB, "JPEG", "CMYK", **BEST), None),
     "mpo.jpg": (saved(RGB, "MPO", save_all=True, append_images=[BLACK]), None),
-}
-KINDS |= {"webp": (saved(RGB, "WEBP", lossless=True), RGB)}
-KINDS |= {"rgba.webp": (saved(RGBA, "WEBP", lossless=True, exact=True), RGBA), "bmp": (saved(RGB, "BMP"), RGB)}
-KINDS |= {"tif": (saved(RGB, "TIFF", compression="tiff_lzw"), RGB), "rgba.tif": (saved(RGBA, "TIFF"), RGBA)}
-KINDS |= {"cmyk.tif": (saved(RGB, "TIFF", "CMYK"), RGB), "lab.tif": (saved(lab(), "TIFF"), None)}
-KINDS |= {"16 bit grey.tif": (saved(RGB_16[..., 0], "TIFF"), RGB_16[..., 0])}
-KINDS |= {
+    "webp": (saved(RGB, "WEBP", lossless=True), RGB),
+    "profile.webp": (saved(RGB, "WEBP", lossless=True, icc_profile=SRGB), RGB),
+    "bmp": (saved(RGB, "BMP"), RGB),
+    "tif": (saved(RGB, "TIFF", compression="tiff_lzw"), RGB),
+    "cmyk.tif": (saved(RGB, "TIFF", "CMYK"), RGB),
+    "16 bit grey.tif": (saved(RGB_16[..., 0], "TIFF"), RGB_16[..., 0]),
     "pages.tif": (saved(RGB, "TIFF", save_all=True, append_images=[BLACK.copy()]), RGB),
-    "lost page.tif": (tiff(RGB, next_page=10**6), RGB),
 }
 if ".avif" in data.SUFFIXES:
     KINDS["avif"] = saved(RGB, "AVIF", **BEST), None
@@ -136,24 +109,19 @@ def test_every_kind_into_every_format(tmp_path, kind, suffix):
     assert made.pixels.shape == (30, 40, 1 if grey and suffix not in ("webp", "avif") else made.pixels.shape[2])
     assert made.pixels.dtype == (np.uint16 if stays_deep else np.uint8)
     assert (made.alpha is not None) == (transparent and not flattened)
-    if not transparent and (suffix in ("png", "bmp", "tif") or kind == suffix == "webp"):  # lossless
+    if not transparent and (suffix in ("png", "bmp", "tif") or (suffix == "webp" and "webp" in kind)):  # lossless
         assert np.array_equal(made.pixels, image.pixels if stays_deep or not deep else np.rint(image.pixels / 257))
     assert sorted(os.listdir(tmp_path)) == sorted([source.name, target.name])
 
 
-@pytest.mark.parametrize("tile", [0, 16])
-@pytest.mark.parametrize("order", "<>")
-@pytest.mark.parametrize("planar", [1, 2])
-@pytest.mark.parametrize("channels", [3, 4])
-def test_16_bit_colour_tiff_in_every_layout(tmp_path, channels, planar, order, tile):
+@pytest.mark.parametrize("name", [path.name for path in SAMPLES.glob("16 bit*.tif")])
+def test_16_bit_colour_tiff_in_every_layout(name):
     """Pillow's own reader makes stripes of planes."""
-    pixels = np.random.default_rng(0).integers(0, 2**16, (48, 64, channels), np.uint16)
-    alpha = {"_338": [2]} if channels == 4 else {}
-    (tmp_path / "a.tif").write_bytes(tiff(pixels, planar, order, tile, **alpha))
+    y, x, c = np.ogrid[:32, :16, :4]
     with pytest.warns(UserWarning, match="16-bit colour, of which 8"):
-        image = data.read_image(tmp_path / "a.tif")
-    assert np.abs(pixels[..., :3] / 257 - image.pixels).max() <= 1
-    assert channels == 3 or np.abs(pixels[..., 3] / 257 - image.alpha).max() <= 1
+        image = data.read_image(SAMPLES / name)
+    assert np.array_equal(image.pixels, (3 * y + 4 * x + 30 * c)[..., :3])
+    assert "rgba" not in name or np.array_equal(image.alpha, (3 * y + 4 * x + 30 * c)[..., 3])
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -212,14 +180,6 @@ def test_metadata_that_is_damaged_too_long_or_of_another_colour_is_left_out(tmp_
         assert np.abs(np.int32(data.read_rgb(path)) - RGB).mean() < 15
 
 
-def test_lossless_webp_stays_lossless(tmp_path):
-    for options in ({"lossless": True}, {"lossless": True, "icc_profile": SRGB}, {}):
-        (tmp_path / "a.webp").write_bytes(saved(RGB, "WEBP", **options))
-        image = data.read_image(tmp_path / "a.webp")
-        data.write_image(tmp_path / "b.webp", image)
-        assert np.array_equal(data.read_rgb(tmp_path / "b.webp"), image.pixels) == bool(options)
-
-
 @pytest.mark.parametrize("chunk", [b"zTXt", b"iCCP"])
 def test_png_with_megabytes_of_text_or_profile(tmp_path, chunk):
     for size in (5 << 20, 65 << 20):
@@ -247,12 +207,10 @@ JPEG_12 = bytearray(saved(RGB, "JPEG"))  # a header of 12 bits
 JPEG_12[JPEG_12.index(b"\xff\xc0") + 4] = 12
 REFUSED = {  # name: (the file, what its error says it is)
     "12 bits.jpg": (JPEG_12, "12-bit"),
-    "float.tif": (tiff(np.float32(RGB), _339=[3, 3, 3]), "pixel mode"),
-    "32 bits.tif": (tiff(np.uint32(RGB)), "pixel mode"),
-    "10 bits.tif": (tiff(RGB_16, _258=[10, 10, 10]), "pixel mode"),
-    "grey float.tif": (tiff(np.float32(GREY[..., None]), _339=[3], _262=[1]), "grey"),
-    "grey 12 bits.tif": (tiff(RGB_16[..., :1], _258=[12], _262=[1]), "grey"),
-    "white is zero.tif": (tiff(RGB_16[..., :1], _262=[0]), "grey"),
+    "float.tif": ((SAMPLES / "float.tif").read_bytes(), "pixel mode"),
+    "grey float.tif": ((SAMPLES / "grey float.tif").read_bytes(), "this kind of grey"),
+    "grey 12 bit.tif": ((SAMPLES / "grey 12 bit.tif").read_bytes(), "this kind of grey"),
+    "grey white is zero.tif": ((SAMPLES / "grey white is zero.tif").read_bytes(), "this kind of grey"),
     "postscript.png": (saved(RGB, "EPS"), "not a PNG"),  # Pillow would start Ghostscript
     "text.jpg": (b"not an image", "not a JPEG"),
     "missing.png": (None, "No such file"),
@@ -304,24 +262,13 @@ def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path, suffix, dee
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == [path.name]
 
 
-def test_atomic_write(tmp_path):
-    """Writers at once do not meet, an interrupted one leaves the old file, and a link is not followed."""
-    path, link = tmp_path / "a.weights.h5", tmp_path / "link"
+def test_writers_at_once_do_not_meet(tmp_path):
+    path = tmp_path / "a.weights.h5"
     with data.atomic_write(path) as first, data.atomic_write(path) as second:
-        assert first != second and first.name.endswith(".weights.h5") and not first.exists()
         first.write_text("first")
         second.write_text("second")
-    assert path.read_text() == "first"
-    for interruption in (KeyboardInterrupt, ZeroDivisionError):  # a bug stays one
-        with pytest.raises(interruption), data.atomic_write(path) as temporary:
-            temporary.write_text("third")
-            raise interruption
-    link.symlink_to(path.name)
-    with data.atomic_write(link) as temporary:
-        temporary.write_text("new")
-    assert (path.read_text(), link.read_text()) == ("first", "new") and len(os.listdir(tmp_path)) == 2
-    with pytest.raises(OSError, match="can't write .*nowhere/a.png: No such file"):
-        data.write_image(tmp_path / "nowhere" / "a.png", data.ImageData(RGB))
+        assert first.name.endswith(".weights.h5") and os.listdir(tmp_path).count(path.name) == 0
+    assert path.read_text() == "first" and os.listdir(tmp_path) == [path.name]
 
 
 @pytest.mark.parametrize("suffix", data.SUFFIXES)
@@ -334,5 +281,3 @@ def test_sizes_that_a_format_cannot_hold_are_refused_before_the_work(tmp_path, s
     width, height = (longest // 4 + 1, 1) if longest else (8200, 8200)  # 32800 * 32800 * 4 bytes are over 4 GiB
     with pytest.raises(data.UserError, match=f"a{suffix}: .*x") if suffix != ".png" else contextlib.nullcontext():
         data.check_output(path, width, height)
-    with pytest.raises(data.UserError, match="a.gif: .*png"):
-        data.check_output(tmp_path / "a.gif", 1, 1)

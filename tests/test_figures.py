@@ -2,7 +2,6 @@
 
 import importlib.util
 
-import pytest
 import tensorflow as tf
 from conftest import make_image
 from PIL import Image
@@ -62,10 +61,3 @@ def test_what_is_missing_is_skipped_and_equal_logs_give_equal_bytes(tmp_path, ca
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert made(run, tmp_path / "without matplotlib").keys() == always
     assert "pip install matplotlib" in capsys.readouterr().out
-
-
-def test_a_missing_run_is_one_line(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        figures.main([str(tmp_path / "none")], tmp_path)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and "no such folder" in error and error.count("\n") == 1

@@ -182,12 +182,9 @@ def test_metadata_that_is_damaged_too_long_or_of_another_colour_is_left_out(tmp_
 
 @pytest.mark.parametrize("chunk", [b"zTXt", b"iCCP"])
 def test_png_with_megabytes_of_text_or_profile(tmp_path, chunk):
-    for size in (5 << 20, 65 << 20):
-        content = b"name\0\0" + zlib.compress(bytes(size))
-        (tmp_path / f"{size}.png").write_bytes(insert_chunk(saved(RGB, "PNG"), chunk, content))
-    assert np.array_equal(data.read_rgb(tmp_path / f"{5 << 20}.png"), RGB)
-    with pytest.raises(OSError, match=f"{size}.png: .*64 MB"):
-        data.read_image(tmp_path / f"{size}.png")
+    content = b"name\0\0" + zlib.compress(bytes(5 << 20))
+    (tmp_path / "a.png").write_bytes(insert_chunk(saved(RGB, "PNG"), chunk, content))
+    assert np.array_equal(data.read_rgb(tmp_path / "a.png"), RGB)
 
 
 def test_colours_under_transparency_do_not_bleed(tmp_path):
@@ -260,15 +257,6 @@ def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path, suffix, dee
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == [path.name]
-
-
-def test_writers_at_once_do_not_meet(tmp_path):
-    path = tmp_path / "a.weights.h5"
-    with data.atomic_write(path) as first, data.atomic_write(path) as second:
-        first.write_text("first")
-        second.write_text("second")
-        assert first.name.endswith(".weights.h5") and os.listdir(tmp_path).count(path.name) == 0
-    assert path.read_text() == "first" and os.listdir(tmp_path) == [path.name]
 
 
 @pytest.mark.parametrize("suffix", data.SUFFIXES)

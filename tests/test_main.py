@@ -4,7 +4,6 @@ import json
 import os
 import re
 import runpy
-import shutil
 import subprocess
 import sys
 import warnings
@@ -38,15 +37,6 @@ def test_a_refusal_comes_before_tensorflow_and_is_exit_code_2():
     assert done.returncode == 2 and "nowhere.png" in done.stderr.splitlines()[-1] and "tensorflow" not in done.stderr
     done = process("-S", PROGRAM, "--pretrained")
     assert done.returncode == 2 and "requirements.txt" in done.stderr and done.stderr.count("\n") == 1
-
-
-@pytest.mark.parametrize("line", ["import kears", "from pathlib import Paht"])
-def test_a_misspelt_import_shows_its_traceback(tmp_path, line):
-    shutil.copy(PROGRAM, tmp_path)
-    (tmp_path / "data.py").write_text(line)
-    done = process(tmp_path / "main.py", "--pretrained")
-    assert f"\n    {line}\n" in done.stderr and "requirements.txt" not in done.stderr
-    assert re.match("(ModuleNotFound|Import)Error: .*(kears|Paht)", done.stderr.splitlines()[-1])
 
 
 @pytest.mark.parametrize("error, line", [(OSError("no\nfile"), "no file"), (MemoryError(), "out of memory")])

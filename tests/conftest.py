@@ -112,9 +112,14 @@ def start(photos):
 
 
 @pytest.fixture(scope="session")
-def whole(start, tmp_path_factory):
-    """The folder of a training of tiny networks that nothing disturbs, and what it printed."""
-    process = start(tmp_path_factory.mktemp("whole") / "run")
-    process.join()
-    assert process.exitcode == 0
-    return process.output.with_name("run"), process.output.read_text()
+def begun(start, tmp_path_factory):
+    """The process of a training of tiny networks that nothing disturbs."""
+    return start(tmp_path_factory.mktemp("whole") / "run")
+
+
+@pytest.fixture(scope="session")
+def whole(begun):
+    """The folder of this training when it has ended, and what it printed."""
+    begun.join()
+    assert begun.exitcode == 0
+    return begun.output.with_name("run"), begun.output.read_text()

@@ -25,7 +25,7 @@ import model
 import train
 from assets import figures
 
-pytestmark = pytest.mark.usefixtures("runs")  # they begin first, and go on beside the tests
+pytestmark = pytest.mark.usefixtures("begun", "runs")  # trainings that go on beside the tests
 
 WEIGHTS = ("srresnet.weights.h5", "srgan.weights.h5")
 

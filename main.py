@@ -87,7 +87,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--adversarial", weight, "W", 1e-3, "weight of the adversarial loss, beside the content loss")
     add("--colour", weight, "W", 0.0, "weight of the colour loss")
     add("--artifact", weight, "W", 0.0, "weight of the artifact loss")
-    add("--finish", steps, "N", 0, "after --STEPS, N more with a new discriminator: less is invented")
+    add("--finish", steps, "N", 0, "after --STEPS, N more, with a new discriminator every 300: less is invented")
     decays = ("paper", "cosine", "none")
     add("--lr_decay", decays, None, "paper", "paper: a tenth in the second half of the GAN; cosine: down to 0")
     add("--precision", ("float32", "bfloat16"), None, "float32", "number format to train or upscale in")
@@ -109,7 +109,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if not (args.pretrained or args.evaluate or args.export):
         if args.blend is not None or args.ensemble:
             parser.error("--blend and --ensemble can't be used in training")
-        if not args.STEPS and not args.PREGENSTEPS:
+        if not (args.STEPS or args.PREGENSTEPS or args.finish):
             parser.error("--STEPS 0 and --PREGENSTEPS 0: nothing to train")
     return args
 
@@ -248,7 +248,7 @@ def export(args):
 def train(args):
     """Train SRResNet, then SRGAN."""
     start = args.weights or (None if args.PREGENSTEPS else f"{args.run_dir}/srresnet.weights.h5")
-    check_exists(start, args.data_dir, args.vgg_weights if args.STEPS else None)
+    check_exists(start, args.data_dir, args.vgg_weights if args.STEPS or args.finish else None)
     if any(character in args.run_dir for character in "[\\" if character != os.sep):
         raise OSError(f"--run_dir {args.run_dir}: TensorFlow reads [ and \\ as a pattern, choose another name")
     check_writable(Path(args.run_dir) / "srgan.weights.h5")

@@ -26,6 +26,7 @@ LOG_EVERY = 10  # steps between TensorBoard's points, and of one call on a GPU: 
 LOOP = False  # several steps in one call, on a CPU, too
 KEEP = 2  # newest checkpoints of a phase
 SAVE_AFTER = 300  # at most this many seconds between checkpoints, however long --save_every steps take
+RENEW = 300  # steps of the finish with each new discriminator: after these, it has all but won
 VALID_IMAGES, VALID_SIZE = 10, 96  # validation crops: the middle 96x96 LR pixels of the first ten images
 
 # Options that can't change once a phase has begun.
@@ -50,7 +51,7 @@ def train(args):
             images, valid_images = data.load(args.data_dir, args.cache_dir)
             check_options(run_dir, {**vars(args), "images": images.fingerprint})
             print(f"{len(images)} images to train on, {len(valid_images)} to validate on")
-            vgg = losses.vgg_features(args.vgg_layer, args.vgg_weights) if args.STEPS else None  # fails now or never
+            vgg = losses.vgg_features(args.vgg_layer, args.vgg_weights) if args.STEPS or args.finish else None
             keras.utils.set_random_seed(args.seed)
             generator, pairs = model.generator(), validation_pairs(valid_images)
             if args.weights or not args.PREGENSTEPS:
@@ -60,10 +61,10 @@ def train(args):
                 model.load_weights(generator, srresnet)  # averaged, with --ema
             if args.STEPS:
                 gan = run_dir / "gan.weights.h5" if args.finish else srgan
-                train_srgan("gan", args.STEPS, args.seed + 1, generator, vgg, images, pairs, args, gan)
-            if args.STEPS and args.finish:
+                train_srgan("gan", args.STEPS, args.STEPS, args.seed + 1, generator, vgg, images, pairs, args, gan)
                 model.load_weights(generator, gan)
-                train_srgan("finish", args.finish, args.seed + 2, generator, vgg, images, pairs, args, srgan)
+            if args.finish:
+                train_srgan("finish", args.finish, RENEW, args.seed + 2, generator, vgg, images, pairs, args, srgan)
     except tf.errors.ResourceExhaustedError as error:
         hint = f"out of memory (try a --BATCH_SIZE below {args.BATCH_SIZE}), or the disk is full"
         raise data.UserError(f"{hint}: {str(error).splitlines()[0]}") from error
@@ -131,12 +132,18 @@ def train_srresnet(generator, images, pairs, args, weights):
     fit("pretrain", step, state, args.PREGENSTEPS, args.seed, images, pairs, args, weights)
 
 
-def train_srgan(name, steps, seed, generator, vgg, images, pairs, args, weights):
-    """The generator against a new discriminator, on the perceptual loss (equations 2 and 3)."""
+def train_srgan(name, steps, renewal, seed, generator, vgg, images, pairs, args, weights):
+    """The generator against a discriminator, a new one every `renewal` steps, on the perceptual loss (equation 3)."""
     keras.utils.set_random_seed(seed)  # the same whether or not earlier phases ran in this process
     discriminator = model.discriminator()
     optimizer = adam(generator, args.lr_gen, steps, args.lr_decay, args.ema)
-    discriminator_optimizer = adam(discriminator, args.lr_gen, steps, args.lr_decay)
+    discriminator_optimizer, new = adam(discriminator, args.lr_gen, renewal, args.lr_decay), discriminator.get_weights()
+
+    def before_step(number):  # counted from 0
+        if number % renewal == 0:
+            discriminator.set_weights(new)
+            for variable in discriminator_optimizer.variables:
+                variable.assign(keras.ops.zeros_like(variable))
 
     def step(lr, hr):
         with tf.GradientTape() as generator_tape, tf.GradientTape() as discriminator_tape:
@@ -161,7 +168,7 @@ def train_srgan(name, steps, seed, generator, vgg, images, pairs, args, weights)
 
     networks = {"generator": generator, "discriminator": discriminator}
     state = networks | {"optimizer": optimizer, "discriminator_optimizer": discriminator_optimizer}
-    fit(name, step, state, steps, seed, images, pairs, args, weights, vgg)
+    fit(name, step, state, steps, seed, images, pairs, args, weights, vgg, before_step)
 
 
 class Adam(keras.optimizers.Adam):
@@ -197,7 +204,9 @@ def update(network, optimizer, tape, loss):
     optimizer.apply(tape.gradient(loss, network.trainable_variables, share), network.trainable_variables)
 
 
-def fit(name, step_function, state, steps, seed, images, pairs, args, weights, vgg=None):
+def fit(
+    name, step_function, state, steps, seed, images, pairs, args, weights, vgg=None, before_step=lambda number: None
+):
     """Train one phase from its newest checkpoint to the step `steps`, and write the generator's `weights`.
 
     `step_function(lr, hr)` takes float32 batches and returns a dict of scalars. `state` is what a checkpoint holds, the
@@ -235,6 +244,7 @@ def fit(name, step_function, state, steps, seed, images, pairs, args, weights, v
     with bar, catch_signals() as signals:
         for lrs, hrs in batches if start < steps else ():
             before, step = step, min(step // count * count + count, steps)
+            before_step(before)
             scalars = run(lrs, hrs, tf.constant(before % count), tf.constant((step - 1) % count + 1))
 
             def due(every):

@@ -164,7 +164,10 @@ def architecture(path):
 
 
 def read(logs):
-    """Read TensorBoard's points in a folder: `{tag: [(step, value), ...]}`. A value is a float or an encoded image."""
+    """Read TensorBoard's points in a folder: `{tag: [(step, value), ...]}`. A value is a float or an encoded image.
+
+    After a run was killed, steps since its last checkpoint come again, and replace those before.
+    """
     from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
     from tensorboard.util import tensor_util
 
@@ -177,7 +180,8 @@ def read(logs):
         array = tensor_util.make_ndarray(tensor)
         return array[2] if array.shape else float(array)  # of an image: width, height, PNG
 
-    return {tag: [(e.step, value(e.tensor_proto)) for e in events.Tensors(tag)] for tag in events.Tags()["tensors"]}
+    points = {tag: {e.step: value(e.tensor_proto) for e in events.Tensors(tag)} for tag in events.Tags()["tensors"]}
+    return {tag: list(steps.items()) for tag, steps in points.items()}
 
 
 def smooth(values, window):

@@ -134,7 +134,7 @@ def test_a_gan_step_of_the_real_networks_repeats_to_the_bit(vgg_weights, monkeyp
     monkeypatch.setattr(model, "BLOCKS", 2)  # all of them are alike
     recorded, vgg = [], losses.vgg_features("block2_conv2", vgg_weights)
     monkeypatch.setattr(train, "fit", lambda name, step, state, *rest: recorded.append((step, state)))
-    train.train_srgan("gan", 9, 0, model.generator(), vgg, None, None, main.parse(["--recipe", "release"]), None)
+    train.train_srgan("gan", 9, 9, 0, model.generator(), vgg, None, None, main.parse(["--recipe", "release"]), None)
     ((step, state),) = recorded
     for layer in state["generator"].layers:
         if isinstance(layer, keras.layers.BatchNormalization):
@@ -235,11 +235,14 @@ def test_a_finished_run_is_not_trained_again_and_more_steps_extend_it(finished, 
     assert [step for step, _ in curves(finished)["gan"]["PSNR"]] == [0, 10, 20, 30, 34, 37]
 
 
-def test_finish_goes_on_with_a_new_discriminator(finished, photos, capsys):
+def test_finish_goes_on_with_new_discriminators(finished, photos, capsys, monkeypatch):
+    monkeypatch.setattr(train, "RENEW", 4)
     srgan, command = (finished / WEIGHTS[1]).read_bytes(), training(photos, finished, "--finish", 6)
     assert run(*command) == 0 and "finish: compiling" in capsys.readouterr().out
     assert (finished / "gan.weights.h5").read_bytes() == srgan != (finished / WEIGHTS[1]).read_bytes()
     assert [step for step, _ in figures.read(finished / "logs" / "finish")["PSNR"]] == [0, 6]
+    name = "discriminator_optimizer/_iterations/.ATTRIBUTES/VARIABLE_VALUE"
+    assert tf.train.load_variable(f"{finished}/checkpoints/finish/0000006", name) == 2  # steps of the second one
     assert run(*command) == 0 and "compiling" not in capsys.readouterr().out
     assert "STEPS" in refusal(capsys, *command, "--STEPS", 50, started=True)
 

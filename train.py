@@ -136,7 +136,8 @@ def train_srgan(name, steps, renewal, seed, generator, vgg, images, pairs, args,
     """The generator against a discriminator, a new one every `renewal` steps, on the perceptual loss (equation 3)."""
     keras.utils.set_random_seed(seed)  # the same whether or not earlier phases ran in this process
     discriminator = model.discriminator()
-    optimizer = adam(generator, args.lr_gen, steps, args.lr_decay, args.ema)
+    part = 1 if name == "finish" else 1 / 4  # the weights that the finish starts from are good: they count, too
+    optimizer = adam(generator, args.lr_gen, steps, args.lr_decay, args.ema, part=part)
     discriminator_optimizer, new = adam(discriminator, args.lr_gen, renewal, args.lr_decay), discriminator.get_weights()
 
     def before_step(number):  # counted from 0
@@ -182,10 +183,10 @@ class Adam(keras.optimizers.Adam):
         tf.raw_ops.ResourceApplyAdam(var=variable.handle, m=m, v=v, grad=gradient, **rates)
 
 
-def adam(network, learning_rate, steps, decay, ema=0.0, drop=True):
+def adam(network, learning_rate, steps, decay, ema=0.0, drop=True, part=1 / 4):
     """The paper's Adam: the second half of the GAN has a tenth of the rate (`drop`).
 
-    With `ema`, it averages the weights over the steps, a quarter of them at most: earlier ones had a higher rate.
+    With `ema`, it averages the weights over the steps, at most over this `part` of them.
     """
     if decay == "cosine":
         schedule = keras.optimizers.schedules.CosineDecay(learning_rate, max(1, steps))
@@ -193,7 +194,7 @@ def adam(network, learning_rate, steps, decay, ema=0.0, drop=True):
         second = learning_rate / 10 if decay == "paper" and drop else learning_rate
         last = max(0, steps // 2 - 1)  # of the first half, counted from 0
         schedule = keras.optimizers.schedules.PiecewiseConstantDecay([last], [learning_rate, second])
-    optimizer = Adam(schedule, beta_1=0.9, use_ema=ema > 0, ema_momentum=min(ema, steps / (steps + 4)))
+    optimizer = Adam(schedule, beta_1=0.9, use_ema=ema > 0, ema_momentum=min(ema, part * steps / (part * steps + 1)))
     optimizer.build(network.trainable_variables)
     return optimizer
 

@@ -18,7 +18,7 @@ WEIGHTS = Path(__file__).resolve().parent / "weights" / "srgan.weights.h5"
 
 # The flags of `--recipe release`, with which the weights in weights/ were trained. Flags given beside it win.
 RELEASE = (
-    "--PREGENSTEPS 36000 --STEPS 24000 --finish 120 --BATCH_SIZE 32 --lr_pre_gen 1e-3 --lr_gen 2e-4 --lr_decay cosine "
+    "--PREGENSTEPS 36000 --STEPS 24000 --finish 900 --BATCH_SIZE 32 --lr_pre_gen 1e-3 --lr_gen 2e-4 --lr_decay cosine "
     "--vgg_layer block3_conv4 --adversarial 3e-3 --colour 10 --artifact 32 --jpeg 60-95 --ema 0.999"
 )
 
@@ -87,7 +87,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--adversarial", weight, "W", 1e-3, "weight of the adversarial loss, beside the content loss")
     add("--colour", weight, "W", 0.0, "weight of the colour loss")
     add("--artifact", weight, "W", 0.0, "weight of the artifact loss")
-    add("--finish", steps, "N", 0, "after --STEPS, N more, with a new discriminator every 300: less is invented")
+    add("--finish", steps, "N", 0, "after --STEPS, N more with a new discriminator every 300; the result is the mean of both")
     decays = ("paper", "cosine", "none")
     add("--lr_decay", decays, None, "paper", "paper: a tenth in the second half of the GAN; cosine: down to 0")
     add("--precision", ("float32", "bfloat16"), None, "float32", "number format to train or upscale in")

@@ -63,8 +63,15 @@ def train(args):
                 gan = run_dir / "gan.weights.h5" if args.finish else srgan
                 train_srgan("gan", args.STEPS, args.STEPS, args.seed + 1, generator, vgg, images, pairs, args, gan)
                 model.load_weights(generator, gan)
-            if args.finish:
-                train_srgan("finish", args.finish, RENEW, args.seed + 2, generator, vgg, images, pairs, args, srgan)
+            if args.finish:  # ends halfway between the weights before it, which invent less, and those after it
+                before, after = generator.get_weights(), run_dir / "finish.weights.h5"
+                train_srgan("finish", args.finish, RENEW, args.seed + 2, generator, vgg, images, pairs, args, after)
+                model.load_weights(generator, after)
+                generator.set_weights([(a + b) / 2 for a, b in zip(before, generator.get_weights())])
+                if is_chief():
+                    with data.atomic_write(srgan) as temporary:
+                        generator.save_weights(temporary)
+            print(f"To upscale: python3 main.py --pretrained --weights {srgan if vgg else srresnet}")
     except tf.errors.ResourceExhaustedError as error:
         hint = f"out of memory (try a --BATCH_SIZE below {args.BATCH_SIZE}), or the disk is full"
         raise data.UserError(f"{hint}: {str(error).splitlines()[0]}") from error
@@ -136,8 +143,7 @@ def train_srgan(name, steps, renewal, seed, generator, vgg, images, pairs, args,
     """The generator against a discriminator, a new one every `renewal` steps, on the perceptual loss (equation 3)."""
     keras.utils.set_random_seed(seed)  # the same whether or not earlier phases ran in this process
     discriminator = model.discriminator()
-    part = 1 if name == "finish" else 1 / 4  # the weights that the finish starts from are good: they count, too
-    optimizer = adam(generator, args.lr_gen, steps, args.lr_decay, args.ema, part=part)
+    optimizer = adam(generator, args.lr_gen, steps, args.lr_decay, args.ema)
     discriminator_optimizer, new = adam(discriminator, args.lr_gen, renewal, args.lr_decay), discriminator.get_weights()
 
     def before_step(number):  # counted from 0
@@ -183,10 +189,10 @@ class Adam(keras.optimizers.Adam):
         tf.raw_ops.ResourceApplyAdam(var=variable.handle, m=m, v=v, grad=gradient, **rates)
 
 
-def adam(network, learning_rate, steps, decay, ema=0.0, drop=True, part=1 / 4):
+def adam(network, learning_rate, steps, decay, ema=0.0, drop=True):
     """The paper's Adam: the second half of the GAN has a tenth of the rate (`drop`).
 
-    With `ema`, it averages the weights over the steps, at most over this `part` of them.
+    With `ema`, it averages the weights over the steps, a quarter of them at most: earlier ones had a higher rate.
     """
     if decay == "cosine":
         schedule = keras.optimizers.schedules.CosineDecay(learning_rate, max(1, steps))
@@ -194,7 +200,7 @@ def adam(network, learning_rate, steps, decay, ema=0.0, drop=True, part=1 / 4):
         second = learning_rate / 10 if decay == "paper" and drop else learning_rate
         last = max(0, steps // 2 - 1)  # of the first half, counted from 0
         schedule = keras.optimizers.schedules.PiecewiseConstantDecay([last], [learning_rate, second])
-    optimizer = Adam(schedule, beta_1=0.9, use_ema=ema > 0, ema_momentum=min(ema, part * steps / (part * steps + 1)))
+    optimizer = Adam(schedule, beta_1=0.9, use_ema=ema > 0, ema_momentum=min(ema, steps / (steps + 4)))
     optimizer.build(network.trainable_variables)
     return optimizer
 
@@ -277,7 +283,6 @@ def fit(
         with data.atomic_write(weights) as temporary:
             averaged.save_weights(temporary)
     wait_for_workers(step)
-    print(f"To upscale: python3 main.py --pretrained --weights {weights}")
 
 
 def compiled(step):

@@ -87,7 +87,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--adversarial", weight, "W", 1e-3, "weight of the adversarial loss, beside the content loss")
     add("--colour", weight, "W", 0.0, "weight of the colour loss")
     add("--artifact", weight, "W", 0.0, "weight of the artifact loss")
-    add("--finish", steps, "N", 0, "after --STEPS, N more with a new discriminator every 300; the result is the mean of both")
+    add("--finish", steps, "N", 0, "after --STEPS, N more with a new discriminator every 300, then the mean of both")
     decays = ("paper", "cosine", "none")
     add("--lr_decay", decays, None, "paper", "paper: a tenth in the second half of the GAN; cosine: down to 0")
     add("--precision", ("float32", "bfloat16"), None, "float32", "number format to train or upscale in")

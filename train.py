@@ -5,7 +5,6 @@ From top to bottom: the whole run, the devices, the phases with their training s
 
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import signal
@@ -29,12 +28,10 @@ SAVE_AFTER = 300  # at most this many seconds between checkpoints, however long 
 RENEW = 300  # steps of the finish with each new discriminator: after these, it has all but won
 VALID_IMAGES, VALID_SIZE = 10, 96  # validation crops: the middle 96x96 LR pixels of the first ten images
 
-# Options that can't change once a phase has begun.
-KEPT = {
-    "pretrain": ("BATCH_SIZE", "images", "weights", "precision", "ema", "jpeg", "seed"),
-    "gan": ("PREGENSTEPS", "vgg_layer", "adversarial", "colour", "artifact"),
-    "finish": ("STEPS",),
-}
+# Options that can't change when a run is resumed; the last ones only once the GAN, or its finish, has begun.
+KEPT = ("BATCH_SIZE", "images", "weights", "precision", "ema", "jpeg", "seed")
+KEPT_BY_GAN = ("PREGENSTEPS", "vgg_layer", "adversarial", "colour", "artifact")
+KEPT_BY_FINISH = ("STEPS",)
 
 
 def train(args):
@@ -86,7 +83,8 @@ def check_options(run_dir: Path, options: dict):
     file, begun = run_dir / "options.json", {path.parent.name for path in run_dir.glob("checkpoints/*/*.index")}
     if begun and file.exists():
         before = json.loads(file.read_text())
-        for name in itertools.chain(*(names for phase, names in KEPT.items() if phase in begun or phase == "pretrain")):
+        finish = "finish" in begun
+        for name in KEPT + KEPT_BY_GAN * (finish or "gan" in begun) + KEPT_BY_FINISH * finish:
             if (old := before.get(name)) != (new := options[name]):
                 what = f"other {name}" if name in ("images", "weights") else f"--{name} {old}, not {new}"
                 raise data.UserError(f"{run_dir} was begun with {what}: use the same, or another --run_dir")

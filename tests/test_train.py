@@ -250,7 +250,9 @@ def test_finish_goes_on_with_new_discriminators(finished, photos, capsys, monkey
     name = "discriminator_optimizer/_iterations/.ATTRIBUTES/VARIABLE_VALUE"
     assert tf.train.load_variable(f"{finished}/checkpoints/finish/0000006", name) == 2  # steps of the second one
     assert run(*command) == 0 and "compiling" not in capsys.readouterr().out
-    assert "STEPS" in refusal(capsys, *command, "--STEPS", 50, started=True)
+    shutil.rmtree(finished / "checkpoints" / "gan")  # as after --STEPS 0
+    for flag, value in (("--STEPS", 50), ("--colour", 1)):
+        assert flag in refusal(capsys, *command, flag, value, started=True)
 
 
 def test_what_may_not_change_when_a_run_goes_on(finished, photos, tmp_path, capsys):

@@ -36,8 +36,8 @@ SUFFIXES |= dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG")
 SUFFIXES |= {".avif": "AVIF"} if "avif" in features.modules and features.check("avif") else {}  # since Pillow 11.3
 LONGEST_SIDE = {"JPEG": 65_500, "WEBP": 16_383, "AVIF": 32_768}  # libjpeg's is a little less than JPEG's own
 # EXIF that still holds when upscaled: description, camera, resolution, software, date, artist, copyright, exposure, GPS
-EXIF_TAGS, EXIF_PARTS = {270, 271, 272, 282, 283, 296, 305, 306, 315, 33432}, (0x8769, 0x8825)
-EXIF_OUTDATED, EXIF_ORIENTATION = {0xA002, 0xA003, 0xA005}, 0x0112
+EXIF_TAGS = {270, 271, 272, 282, 283, 296, 305, 306, 315, 33432, EXIF_DETAILS := 0x8769, 0x8825}
+EXIF_OUTDATED, EXIF_ORIENTATION = (0xA002, 0xA003, 0xA005), 0x0112
 ORIENTATIONS = {2: (0, -1), 3: (2, 1), 4: (2, -1), 5: (3, -1), 6: (3, 1), 7: (1, -1), 8: (1, 1)}  # np.rot90, mirror
 LAYOUT = {"train", "valid", "val", "validation", "HR", "LR", "LR_x4", "LR_bicubic"}  # folders with a meaning
 
@@ -117,12 +117,12 @@ def read_image(path: str | Path) -> ImageData:
     if dpi and all(1 <= number < 2**16 for number in dpi):
         metadata["dpi"] = tuple(map(float, dpi))
     with contextlib.suppress(Exception):  # damaged EXIF
-        kept = Image.Exif()
-        kept.update({tag: exif[tag] for tag in EXIF_TAGS.intersection(exif)})
-        for part in EXIF_PARTS:
-            kept.get_ifd(part).update({tag: x for tag, x in exif.get_ifd(part).items() if tag not in EXIF_OUTDATED})
-        if exif and len(kept.tobytes()) <= 65_533:  # the most that a JPEG holds
-            metadata["exif"] = kept.tobytes()
+        for tag in EXIF_OUTDATED:
+            exif.get_ifd(EXIF_DETAILS).pop(tag, None)
+        for tag in exif.keys() - EXIF_TAGS:
+            del exif[tag]
+        if exif and len(exif.tobytes()) <= 65_533:  # the most that a JPEG holds
+            metadata["exif"] = exif.tobytes()
     alpha = pixels[..., -1].copy() if pixels.shape[2] > colours else None
     return ImageData(np.ascontiguousarray(pixels[..., :colours]), alpha, metadata)
 
@@ -189,12 +189,14 @@ def write_image(path: str | Path, image: ImageData):
 def atomic_write(path: str | Path):
     """Yield a temporary path, moved to `path` at the end: written whole, or not at all. OSErrors inside name `path`."""
     try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         # In a private folder nobody else can write to the temporary file, or put a link in its place.
         with tempfile.TemporaryDirectory(".tmp", ".srgan-", Path(path).parent) as folder:
             temporary = Path(folder) / Path(path).name
             yield temporary
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
+            if temporary.is_file():
+                with open(temporary, "rb+") as file:
+                    os.fsync(file.fileno())
             os.replace(temporary, path)
     except OSError as error:
         raise OSError(f"can't write {path}: {error.strerror or error}") from error

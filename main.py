@@ -44,6 +44,13 @@ def jpeg_qualities(text):
     raise argparse.ArgumentTypeError(f"must be two qualities from 1 to 100, as in 70-95, not {text}")
 
 
+def path(text):
+    """An argparse type: the path of a file or folder that exists."""
+    if not os.path.exists(text):
+        raise argparse.ArgumentTypeError(f"no such file or folder: {text}")
+    return text
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line. Exits with code 2 if a flag is wrong, or doesn't go with the mode."""
     about = "Train SRGAN, or upscale images four times with it."
@@ -65,25 +72,25 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lr_gen", rate, "RATE", 1e-4, "learning rate of the GAN, of both networks")
     modes = group.add_mutually_exclusive_group()
     modes.add_argument("--pretrained", action="store_true", help="upscale --input to --output instead of training")
-    add("--evaluate", str, "DIR", None, "print PSNR and SSIM on the images in DIR, or in its HR/ and LR_x4/", modes)
+    add("--evaluate", path, "DIR", None, "print PSNR and SSIM on the images in DIR, or in its HR/ and LR_x4/", modes)
     add("--export", str, "PATH", None, "write the generator as .tflite, .onnx, or else a SavedModel folder", modes)
 
     group = parser.add_argument_group("upscaling, evaluation and export")
-    add("--input", str, "PATH", None, "an image, or a folder of images (default: input.jpg)")
+    add("--input", path, "PATH", None, "an image, or a folder of images (default: input.jpg)")
     add("--output", str, "PATH", None, "the image to write, or a folder for the results (default: output.jpg)")
     group.add_argument("--skip_existing", action="store_true", help="skip images whose results are newer")
-    add("--weights", str, "FILE", None, f"weights to use (default: weights/{WEIGHTS.name}), or to start training from")
+    add("--weights", path, "FILE", None, f"weights to use (default: weights/{WEIGHTS.name}), or to start training with")
     add("--blend", share, "A", None, "mix the weights of SRResNet (0) and SRGAN (1): low values invent less detail")
     group.add_argument("--ensemble", action="store_true", help="average eight flips and rotations: better, slower")
 
     group = parser.add_argument_group("training")
     add("--recipe", ("paper", "release"), None, "paper", "release: the losses, steps and rates of weights/")
-    add("--data_dir", str, "DIR", None, "photos, in train/ and valid/ or all in DIR (default: DIV2K, downloaded once)")
+    add("--data_dir", path, "DIR", None, "photos, in train/ and valid/ or all in DIR (default: DIV2K, downloaded once)")
     add("--run_dir", str, "DIR", "runs/srgan", "checkpoints, logs and results; the same command resumes a run")
     add("--cache_dir", str, "DIR", None, "for DIV2K and decoded photos (default: data/, or else ~/.cache/srgan)")
     layers = ("block2_conv2", "block3_conv4", "block5_conv4")
     add("--vgg_layer", layers, None, "block5_conv4", "VGG19 layer of the content loss")
-    add("--vgg_weights", str, "FILE", None, "VGG19 weights (default: downloaded once by Keras)")
+    add("--vgg_weights", path, "FILE", None, "VGG19 weights (default: downloaded once by Keras)")
     add("--adversarial", weight, "W", 1e-3, "weight of the adversarial loss, beside the content loss")
     add("--colour", weight, "W", 0.0, "weight of the colour loss")
     add("--artifact", weight, "W", 0.0, "weight of the artifact loss")
@@ -106,51 +113,32 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--ensemble can't be exported")
     if not args.pretrained and (args.input or args.output or args.skip_existing):
         parser.error("--input, --output and --skip_existing need --pretrained")
-    if not (args.pretrained or args.evaluate or args.export):
+    if args.pretrained or args.evaluate or args.export:
+        args.weights = Path(args.weights or WEIGHTS)
+    else:
         if args.blend is not None or args.ensemble:
             parser.error("--blend and --ensemble can't be used in training")
         if not (args.STEPS or args.PREGENSTEPS or args.finish):
             parser.error("--STEPS 0 and --PREGENSTEPS 0: nothing to train")
+        srresnet = f"{args.run_dir}/srresnet.weights.h5"
+        if not (args.PREGENSTEPS or args.weights or os.path.exists(srresnet)):
+            parser.error(f"--PREGENSTEPS 0 needs --weights, or {srresnet}")
+        if any(character in args.run_dir for character in "[\\" if character != os.sep):
+            parser.error(f"--run_dir {args.run_dir}: TensorFlow reads [ and \\ as a pattern, choose another name")
     return args
-
-
-def check_exists(*paths):
-    for path in filter(None, paths):
-        if not Path(path).exists():
-            raise FileNotFoundError(f"no such file or folder: {path}")
-
-
-def check_writable(file):
-    """Raise OSError if `file`, with any missing folders above it, can't be written."""
-    above = next(folder for folder in file.absolute().parents if folder.exists())
-    if file.exists() and not file.is_file():
-        raise OSError(f"can't write {file}: it is not a regular file")
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise OSError(f"can't write {file}: {above} is {'read-only' if above.is_dir() else 'not a folder'}")
-
-
-def find_weights(args):
-    """The arguments of `model.load_generator`: weights, and with --blend those to mix them with, and their share."""
-    weights = Path(args.weights or WEIGHTS)
-    srresnet = None if args.blend is None else weights.with_name("srresnet.weights.h5")
-    check_exists(weights, srresnet)
-    if srresnet and srresnet.samefile(weights):
-        raise OSError(f"--blend mixes {srresnet} with SRGAN's weights: give those as --weights")
-    return weights, srresnet, args.blend
 
 
 def find_jobs(source, output):
     """The images to read, each with the file to write, as a list of pairs. Raises OSError or UserError."""
     import data
 
-    check_exists(source)
     source, target = Path(source), Path(output)
     if not source.is_dir():
         target = target / source.name if output.endswith("/") or target.is_dir() else target
         jobs = [(source, target)]
         with data.open_image(source) as (_, image):
-            size = image.size
-        data.check_output(target, *size)
+            width, height = image.size
+        data.check_output(target, width, height)
     elif target.suffix.lower() in data.SUFFIXES or target.is_file():
         raise data.UserError(f"--input {source} is a folder: --output must be a folder, too, not {target}")
     else:
@@ -158,28 +146,30 @@ def find_jobs(source, output):
     originals = {os.path.realpath(image) for image, _ in jobs}
     if both := [target for _, target in jobs if os.path.realpath(target) in originals]:
         raise data.UserError(f"--output {both[0]} is also an input, and inputs are never overwritten")
-    check_writable(jobs[0][1])
+    folder = jobs[0][1].parent
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise OSError(f"can't write {jobs[0][1]}: {folder} is read-only")
     return jobs
 
 
 def upscale(args):
     """`--pretrained`: write each image four times larger. Raises OSError if some failed, after the others."""
+    from tqdm import tqdm
+
     import data
 
-    weights, jobs = find_weights(args), find_jobs(args.input or "input.jpg", args.output or "output.jpg")
-    todo = jobs
+    jobs = todo = find_jobs(args.input or "input.jpg", args.output or "output.jpg")
     if args.skip_existing:
         todo = [(a, b) for a, b in jobs if not (b.exists() and b.stat().st_mtime > a.stat().st_mtime)]
         print(f"{len(jobs) - len(todo)} of {len(jobs)} images skipped: their results are newer")
-    if not todo:
-        return
+        if not todo:
+            return
     print(f"Running on {start_tensorflow(args.precision)}", flush=True)
-
-    from tqdm import tqdm
 
     import model
 
-    upscaler, failed = model.make_upscaler(model.load_generator(*weights), args.ensemble), 0
+    upscaler, failed = model.make_upscaler(model.load_generator(args.weights, args.blend), args.ensemble), 0
     for source, target in tqdm(todo, unit="image", disable=len(jobs) == 1 or None):
         try:
             image = data.read_image(source)
@@ -189,7 +179,6 @@ def upscale(args):
                 image.pixels = data.spread_colours(image.pixels, image.alpha)
                 image.alpha = data.bicubic(image.alpha)
             image.pixels = upscaler(image.pixels)
-            target.parent.mkdir(parents=True, exist_ok=True)
             data.write_image(target, image)
             tqdm.write(f"{target}: {data.SCALE * width}x{data.SCALE * height}")
         except (OSError, MemoryError) as error:
@@ -203,13 +192,12 @@ def upscale(args):
 
 def evaluate(args):
     """`--evaluate`: print PSNR and SSIM of bicubic and of the model."""
+    import numpy as np
+
     import data
 
-    check_exists(args.evaluate)
-    weights, pairs = find_weights(args), data.scoring_pairs(args.evaluate)
+    pairs = data.scoring_pairs(args.evaluate)
     print(f"Running on {start_tensorflow(args.precision)}", flush=True)
-
-    import numpy as np
 
     import losses
     import model
@@ -217,7 +205,7 @@ def evaluate(args):
     def row(name, scores):
         print(f"{name[:24]:24}" + "  ".join(f"{psnr:7.2f}  {ssim:.4f}" for psnr, ssim in scores))
 
-    upscaler = model.make_upscaler(model.load_generator(*weights), args.ensemble)
+    upscaler = model.make_upscaler(model.load_generator(args.weights, args.blend), args.ensemble)
     print(f"{'':24}      bicubic          model\n{'':24}   PSNR    SSIM     PSNR    SSIM")
     table = []  # (images, 2, 2): bicubic and model, PSNR and SSIM
     for name, hr_path, lr_path in pairs:
@@ -230,28 +218,23 @@ def evaluate(args):
 
 def export(args):
     """`--export`: write the generator for other programs."""
-    weights, target = find_weights(args), Path(os.path.realpath(args.export))
+    target = Path(os.path.realpath(args.export))
     if target.suffix.lower() == ".onnx" and not importlib.util.find_spec("tf2onnx"):
         raise OSError("exporting to ONNX needs a package that is not installed: pip install tf2onnx")
-    saved_model = {"saved_model.pb", "fingerprint.pb", "assets", "assets.extra", "variables"}
-    if target.is_dir() and not saved_model.issuperset(os.listdir(target)):
-        raise OSError(f"--export {target} is a folder with other files: give another name")
-    check_writable(target if target.suffix.lower() in (".tflite", ".onnx") else target / "saved_model.pb")
+    if target.is_dir():
+        raise OSError(f"--export {target} is a folder that exists: remove it, or give another name")
     print(f"Running on {start_tensorflow()}", flush=True)
 
+    import data
     import model
 
-    model.export(model.load_generator(*weights), target)
+    with data.atomic_write(target) as temporary:
+        model.export(model.load_generator(args.weights, args.blend), temporary)
     print(f"exported to {target}")
 
 
 def train(args):
     """Train SRResNet, then SRGAN."""
-    start = args.weights or (None if args.PREGENSTEPS else f"{args.run_dir}/srresnet.weights.h5")
-    check_exists(start, args.data_dir, args.vgg_weights if args.STEPS or args.finish else None)
-    if any(character in args.run_dir for character in "[\\" if character != os.sep):
-        raise OSError(f"--run_dir {args.run_dir}: TensorFlow reads [ and \\ as a pattern, choose another name")
-    check_writable(Path(args.run_dir) / "srgan.weights.h5")
     # oneDNN: off by default without AVX-512. There it speeds up training 1.8 times, but slows upscaling a lot.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     print(f"Running on {start_tensorflow(args.precision)}", flush=True)
@@ -298,8 +281,7 @@ def start_tensorflow(precision="float32") -> str:
     if not gpus and Path("/proc/driver/nvidia/version").exists():
         report("TensorFlow doesn't see the NVIDIA GPU: pip install 'tensorflow[and-cuda]'", "Warning")
     names = [tf.config.experimental.get_device_details(gpu).get("device_name", gpu.name) for gpu in gpus]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return ", ".join(names) or f"CPU with {cores} core{'s' * (cores > 1)}"
+    return ", ".join(names) or "CPU"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,7 +5,6 @@ of the generator that touch the image stay float32: bfloat16's 8 significant bit
 """
 
 import itertools
-import tempfile
 import warnings
 from functools import partial
 from pathlib import Path
@@ -138,12 +137,14 @@ def load_weights(network: keras.Model, path: str | Path) -> None:
         raise OSError(f"{path} holds weights that are not finite: the training that made it had failed")
 
 
-def load_generator(path: Path, srresnet: Path | None = None, blend: float | None = None) -> keras.Model:
-    """A generator with the weights of a file or, with `srresnet`, between that file's (`blend` 0) and its own (1)."""
+def load_generator(path: Path, blend: float | None = None) -> keras.Model:
+    """A generator with weights from a file; with `blend`, between SRResNet's, beside it (0), and these (1)."""
     network = generator()
     load_weights(network, path)
-    if srresnet:
-        weights = network.get_weights()
+    if blend is not None:
+        weights, srresnet = network.get_weights(), path.with_name("srresnet.weights.h5")
+        if srresnet.samefile(path):
+            raise OSError(f"--blend mixes {srresnet} with SRGAN's weights: give those as --weights")
         load_weights(network, srresnet)
         network.set_weights([(1 - blend) * a + blend * b for a, b in zip(network.get_weights(), weights)])
     return network
@@ -234,19 +235,14 @@ def export(network: keras.Model, path: Path) -> None:
     """Write the generator as LiteRT (`.tflite`), ONNX (`.onnx`, with tf2onnx), or else as a SavedModel folder.
 
     It takes `(1, height, width, 3)` float32 RGB, 0 to 255, of any size, and returns `(1, 4 * height, 4 * width, 3)`,
-    clipped to 0 to 255. An existing file or folder is replaced when the new one is whole. Raises OSError.
+    clipped to 0 to 255. Raises OSError.
     """
     form = {".tflite": "litert", ".onnx": "onnx"}.get(path.suffix.lower(), "tf_saved_model")
     signature = [tf.TensorSpec((1, None, None, 3), tf.float32, name="lr")]
     clipped = keras.Model(network.input, keras.ops.clip(network.output, 0, 255), name=network.name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(".tmp", ".srgan-", path.parent) as folder, warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the converters, about themselves
-        new = Path(folder) / f"new{path.suffix.lower()}"
         try:
-            clipped.export(new, form, verbose=False, input_signature=signature)
-            if path.is_dir():
-                path.replace(Path(folder) / "old")
-            new.replace(path)
-        except (tf.errors.OpError, OSError) as error:  # a full disk
-            raise OSError(f"can't write {path}: {str(error).splitlines()[0]}") from error
+            clipped.export(path, form, verbose=False, input_signature=signature)
+        except tf.errors.OpError as error:  # a full disk
+            raise OSError(str(error).splitlines()[0]) from error

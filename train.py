@@ -26,7 +26,7 @@ LOOP = False  # several steps in one call, on a CPU, too
 KEEP = 2  # newest checkpoints of a phase
 SAVE_AFTER = 300  # at most this many seconds between checkpoints, however long --save_every steps take
 RENEW = 300  # steps of the finish with each new discriminator: after these, it has all but won
-VALID_IMAGES, VALID_SIZE = 10, 96  # validation crops: the middle 96x96 LR pixels of the first ten images
+VALID_IMAGES, VALID_SIZE = 10, 96  # validation: the middle 96x96 LR pixels of the first ten images
 
 # Options that can't change when a run is resumed; the last ones only once the GAN, or its finish, has begun.
 KEPT = ("BATCH_SIZE", "images", "weights", "precision", "ema", "jpeg", "seed")
@@ -50,24 +50,20 @@ def train(args):
             print(f"{len(images)} images to train on, {len(valid_images)} to validate on")
             vgg = losses.vgg_features(args.vgg_layer, args.vgg_weights) if args.STEPS or args.finish else None
             keras.utils.set_random_seed(args.seed)
-            generator, pairs = model.generator(), validation_pairs(valid_images)
+            generator = model.generator()
             if args.weights or not args.PREGENSTEPS:
                 model.load_weights(generator, args.weights or srresnet)
             if args.PREGENSTEPS:
-                train_srresnet(generator, images, pairs, args, srresnet)
-                model.load_weights(generator, srresnet)  # averaged, with --ema
+                train_srresnet(generator, images, valid_images, args)
+                save_weights(generator, srresnet)
             if args.STEPS:
-                gan = run_dir / "gan.weights.h5" if args.finish else srgan
-                train_srgan("gan", args.STEPS, args.STEPS, args.seed + 1, generator, vgg, images, pairs, args, gan)
-                model.load_weights(generator, gan)
+                train_srgan("gan", args.STEPS, args.STEPS, args.seed + 1, generator, vgg, images, valid_images, args)
+                save_weights(generator, run_dir / "gan.weights.h5" if args.finish else srgan)
             if args.finish:  # ends halfway between the weights before it, which invent less, and those after it
-                before, after = generator.get_weights(), run_dir / "finish.weights.h5"
-                train_srgan("finish", args.finish, RENEW, args.seed + 2, generator, vgg, images, pairs, args, after)
-                model.load_weights(generator, after)
+                before = generator.get_weights()
+                train_srgan("finish", args.finish, RENEW, args.seed + 2, generator, vgg, images, valid_images, args)
                 generator.set_weights([(a + b) / 2 for a, b in zip(before, generator.get_weights())])
-                if is_chief():
-                    with data.atomic_write(srgan) as temporary:
-                        generator.save_weights(temporary)
+                save_weights(generator, srgan)
             print(f"To upscale: python3 main.py --pretrained --weights {srgan if vgg else srresnet}")
     except tf.errors.ResourceExhaustedError as error:
         hint = f"out of memory (try a --BATCH_SIZE below {args.BATCH_SIZE}), or the disk is full"
@@ -123,7 +119,13 @@ def wait_for_workers(step: int):
         raise data.UserError("the workers see different checkpoints: --run_dir must be a folder that all of them share")
 
 
-def train_srresnet(generator, images, pairs, args, weights):
+def save_weights(network, path):
+    if is_chief():
+        with data.atomic_write(path) as temporary:
+            network.save_weights(temporary)
+
+
+def train_srresnet(generator, images, valid_images, args):
     """The generator alone, on the MSE (equation 4)."""
     optimizer = adam(generator, args.lr_pre_gen, args.PREGENSTEPS, args.lr_decay, args.ema, drop=False)
 
@@ -134,10 +136,10 @@ def train_srresnet(generator, images, pairs, args, weights):
         return {"MSE Loss": loss}
 
     state = {"generator": generator, "optimizer": optimizer}
-    fit("pretrain", step, state, args.PREGENSTEPS, args.seed, images, pairs, args, weights)
+    fit("pretrain", step, state, args.PREGENSTEPS, args.seed, images, valid_images, args)
 
 
-def train_srgan(name, steps, renewal, seed, generator, vgg, images, pairs, args, weights):
+def train_srgan(name, steps, renewal, seed, generator, vgg, images, valid_images, args):
     """The generator against a discriminator, a new one every `renewal` steps, on the perceptual loss (equation 3)."""
     keras.utils.set_random_seed(seed)  # the same whether or not earlier phases ran in this process
     discriminator = model.discriminator()
@@ -173,7 +175,7 @@ def train_srgan(name, steps, renewal, seed, generator, vgg, images, pairs, args,
 
     networks = {"generator": generator, "discriminator": discriminator}
     state = networks | {"optimizer": optimizer, "discriminator_optimizer": discriminator_optimizer}
-    fit(name, step, state, steps, seed, images, pairs, args, weights, vgg, before_step)
+    fit(name, step, state, steps, seed, images, valid_images, args, vgg, before_step)
 
 
 class Adam(keras.optimizers.Adam):
@@ -209,17 +211,14 @@ def update(network, optimizer, tape, loss):
     optimizer.apply(tape.gradient(loss, network.trainable_variables, share), network.trainable_variables)
 
 
-def fit(
-    name, step_function, state, steps, seed, images, pairs, args, weights, vgg=None, before_step=lambda number: None
-):
-    """Train one phase from its newest checkpoint to the step `steps`, and write the generator's `weights`.
+def fit(name, step_function, state, steps, seed, images, valid_images, args, vgg=None, before_step=None):
+    """Train one phase from its newest checkpoint to the step `steps`. With --ema, the generator ends with the averages.
 
     `step_function(lr, hr)` takes float32 batches and returns a dict of scalars. `state` is what a checkpoint holds, the
     networks and optimizers by name. The order of the data needs none: a batch follows from `seed` and its step. Raises
     UserError if a number is not finite, OSError, and SystemExit after a signal, when the state is saved.
     """
-    run_dir, chief = Path(args.run_dir), is_chief()
-    checkpoint, folder = tf.train.Checkpoint(**state), run_dir / "checkpoints" / name
+    checkpoint, folder = tf.train.Checkpoint(**state), Path(args.run_dir) / "checkpoints" / name
     step = start = restore(checkpoint, folder)
     wait_for_workers(start)
     run, count = compiled(step_function)
@@ -227,12 +226,12 @@ def fit(
     batches = data.patches(images, args.BATCH_SIZE, first, last, seed, args.jpeg)
     batches = batches.batch(count).prefetch(1) if count > 1 else batches
     batches = tf.distribute.get_strategy().experimental_distribute_dataset(batches)  # an equal share for each device
-    averaged, average = make_averaging(state["generator"], state["optimizer"], images, args)
-    validate = make_validation(averaged, pairs, vgg)
-    writer = tf.summary.create_file_writer(str(run_dir / "logs" / name)) if chief else None
+    averaged, validate = make_validation(state["generator"], state["optimizer"], images, valid_images, args, vgg)
+    logs = f"{args.run_dir}/logs/{name}"
+    writer = tf.summary.create_file_writer(logs) if is_chief() else tf.summary.create_noop_writer()
     status, saved = {}, time.monotonic()
 
-    def log(scalars, crops):  # to the progress bar and TensorBoard
+    def log(scalars, crops={}):  # to the progress bar and TensorBoard
         status.update({key.removesuffix(" Loss"): f"{value:.4g}" for key, value in scalars.items()})
         with writer.as_default(step):
             for key, value in scalars.items():
@@ -241,28 +240,28 @@ def fit(
                 tf.summary.image(f"crop/{key}", image[None])
             writer.flush()
 
-    if chief and not start:
-        log(*validate())
+    scores = validate()
+    if not start:
+        log(*scores)
     begin = "finished before, " if start >= steps else "continuing " if start else "compiling the training step"
     print(f"{name}: {begin}{f'after step {start}' if start else ''}", flush=True)
     bar = tqdm(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True, disable=None)
     with bar, catch_signals() as signals:
         for lrs, hrs in batches if start < steps else ():
             before, step = step, min(step // count * count + count, steps)
-            before_step(before)
+            if before_step:
+                before_step(before)
             scalars = run(lrs, hrs, tf.constant(before % count), tf.constant((step - 1) % count + 1))
 
             def due(every):
                 return step == steps or step // every > before // every
 
             saving = due(args.save_every) or bool(signals) or time.monotonic() - saved > SAVE_AFTER
-            if due(LOG_EVERY) or due(args.eval_every) or saving:
+            if due(LOG_EVERY):
                 scalars = {key: float(value) for key, value in scalars.items()}  # waits for the device
                 check_finite(name, step, scalars.values())
-            if chief and due(LOG_EVERY):
-                log(scalars, {})
-            if chief and due(args.eval_every):
-                average()
+                log(scalars)
+            if due(args.eval_every):
                 log(*validate())
                 if bar.disable:
                     print(f"{name} {step}/{steps}: {', '.join(f'{k} {v}' for k, v in status.items())}", flush=True)
@@ -270,16 +269,13 @@ def fit(
             bar.update(step - before)
             if saving:
                 check_finite(name, step, [value.numpy() for part in state.values() for value in part.variables])
-                if chief:
+                if is_chief():
                     save(checkpoint, folder, step)
                 saved = time.monotonic()
             if signals:
                 bar.write(f"Interrupted and saved at step {step}: the same command continues")
                 sys.exit(128 + signals[0])
-    if chief and (start < steps or not weights.exists()):
-        average()
-        with data.atomic_write(weights) as temporary:
-            averaged.save_weights(temporary)
+    state["generator"].set_weights(averaged.get_weights())
     wait_for_workers(step)
 
 
@@ -327,30 +323,23 @@ def catch_signals():
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {n: signal.signal(n, note) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}  # as nohup does
-    try:
+    with contextlib.ExitStack() as stack:
+        for number in (getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+                stack.callback(signal.signal, number, signal.signal(number, note))
         yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first, without their suffixes. TensorFlow writes the .index file last."""
-    return [path.with_suffix("") for path in sorted(folder.glob(f"{7 * '[0-9]'}.index"))]
 
 
 def save(checkpoint, folder: Path, step: int):
-    checkpoint.write(str(folder / f"{step:07d}"))
-    for old in checkpoints(folder)[:-KEEP]:
-        for file in folder.glob(f"{old.name}.*"):
+    checkpoint.write(str(folder / f"{step:07d}"))  # its .index file last
+    for old in sorted(folder.glob("*.index"))[:-KEEP]:
+        for file in folder.glob(f"{old.stem}.*"):
             file.unlink()
 
 
 def restore(checkpoint, folder: Path) -> int:
     """Restore the newest intact checkpoint. Returns its step, 0 if there is none. Raises OSError if all are damaged."""
-    paths = checkpoints(folder)
+    paths = [path.with_suffix("") for path in sorted(folder.glob("*.index"))]
     for path in reversed(paths):
         try:
             checkpoint.read(str(path)).assert_consumed()
@@ -362,53 +351,38 @@ def restore(checkpoint, folder: Path) -> int:
     return 0
 
 
-def validation_pairs(images) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The middle of the first images as `(lr, hr)`: small images whole, at most 384x384 of large ones."""
-    pairs = []
-    for _, (lr, hr) in zip(range(VALID_IMAGES), images):
-        top, left = (max(side - VALID_SIZE, 0) // 2 for side in lr.shape[:2])
-        lr = lr[top:, left:][:VALID_SIZE, :VALID_SIZE]
-        hr = hr[data.SCALE * top :, data.SCALE * left :][: data.SCALE * VALID_SIZE, : data.SCALE * VALID_SIZE]
-        pairs.append((np.array(lr), np.array(hr)))
-    return pairs
+def make_validation(generator, optimizer, images, valid_images, args, vgg=None):
+    """Returns the generator with the averages of its weights over the steps (--ema), and `validate`, which updates it.
 
-
-def make_validation(network, pairs, vgg=None):
-    """Returns `validate()`, which returns the mean PSNR in dB and, with `vgg`, content loss; and crops to look at."""
-    upscale = model.make_upscaler(network)
+    `validate()` returns the mean PSNR in dB and, with `vgg`, content loss of ten images, and crops to look at. It takes
+    the middle of large images. Normalisation statistics belong to the weights that they were measured with, so the
+    averages get their own, the mean over 16 batches of 16 LR patches. Without --ema, `generator` is taken as it is.
+    """
+    averaged, pairs = model.generator() if args.ema else generator, []
+    averaged.set_weights(generator.get_weights())
+    normalizations = [layer for layer in averaged.layers if isinstance(layer, keras.layers.BatchNormalization)]
+    lrs = [lr for lr, _ in data.patches(images, 16, 0, 16, args.seed, args.jpeg)] if args.ema else ()
+    upscale = model.make_upscaler(averaged)
+    for _, (lr, hr) in zip(range(VALID_IMAGES), valid_images):
+        y, x = (max(side - VALID_SIZE, 0) // 2 for side in lr.shape[:2])
+        hr = hr[data.SCALE * y :, data.SCALE * x :][: data.SCALE * VALID_SIZE, : data.SCALE * VALID_SIZE]
+        pairs.append((np.array(lr[y:, x:][:VALID_SIZE, :VALID_SIZE]), np.array(hr)))
 
     def content_loss(sr, hr):
         return losses.content_loss(*(vgg(tf.cast(image[None], tf.float32)) for image in (hr, sr)))
 
     def validate():
+        if args.ema and optimizer.iterations > 0:
+            averaged.set_weights(generator.get_weights())
+            optimizer.finalize_variable_values(averaged.trainable_variables)
+            for i, lr in enumerate(lrs):
+                for layer in normalizations:
+                    layer.momentum = i / (i + 1)  # the mean of all batches so far
+                averaged(lr, training=True)
         srs = [upscale(lr) for lr, _ in pairs]
         scalars = {"PSNR": np.mean([losses.psnr(sr, hr) for sr, (_, hr) in zip(srs, pairs)])}
         if vgg:
             scalars["Validation Content Loss"] = np.mean([content_loss(sr, hr) for sr, (_, hr) in zip(srs, pairs)])
         return scalars, {"bicubic": data.bicubic(pairs[0][0]), "SR": srs[0], "HR": pairs[0][1]}
 
-    return validate
-
-
-def make_averaging(generator, optimizer, images, args):
-    """The generator with the averages of the weights over the steps (--ema), and a function that updates it.
-
-    Normalisation statistics belong to the weights that they were measured with, so the averages get their own, the
-    mean over 16 batches of 16 LR patches. Without --ema, it is `generator`.
-    """
-    if not args.ema:
-        return generator, lambda: None
-    averaged = model.generator()
-    averaged.set_weights(generator.get_weights())
-    normalizations = [layer for layer in averaged.layers if isinstance(layer, keras.layers.BatchNormalization)]
-    lrs = [lr for lr, _ in data.patches(images, 16, 0, 16, args.seed, args.jpeg)]
-
-    def average():
-        averaged.set_weights(generator.get_weights())
-        optimizer.finalize_variable_values(averaged.trainable_variables)
-        for i, lr in enumerate(lrs):
-            for layer in normalizations:
-                layer.momentum = i / (i + 1)  # the mean of all batches so far
-            averaged(lr, training=True)
-
-    return averaged, average
+    return averaged, validate

@@ -60,12 +60,12 @@ def training(gpu, phase, batch_size):
     found, args = [], main.parse(["--recipe", "release"])
     train.fit = lambda name, step, *rest: found.append(step)  # instead of training
     if phase == "pre-training":
-        train.train_srresnet(model.generator(), None, None, args, None)
+        train.train_srresnet(model.generator(), None, None, args)
     else:
         with tempfile.NamedTemporaryFile(suffix=".weights.h5") as file:
             keras.applications.VGG19(include_top=False, weights=None).save_weights(file.name)
             vgg = losses.vgg_features(args.vgg_layer, file.name)
-        train.train_srgan("gan", 100, 100, 0, model.generator(), vgg, None, None, args, None)
+        train.train_srgan("gan", 100, 100, 0, model.generator(), vgg, None, None, args)
     run, count = train.compiled(found[0])
     stack = (count, batch_size) if count > 1 else (batch_size,)
     batch = random_pixels(*stack, 24, 24), random_pixels(*stack, 96, 96)

@@ -219,7 +219,7 @@ def evaluate(args):
 def export(args):
     """`--export`: write the generator for other programs."""
     target = Path(os.path.realpath(args.export))
-    if target.suffix.lower() == ".onnx" and not importlib.util.find_spec("tf2onnx"):
+    if target.suffix == ".onnx" and not importlib.util.find_spec("tf2onnx"):
         raise OSError("exporting to ONNX needs a package that is not installed: pip install tf2onnx")
     if target.is_dir():
         raise OSError(f"--export {target} is a folder that exists: remove it, or give another name")

@@ -237,7 +237,7 @@ def export(network: keras.Model, path: Path) -> None:
     It takes `(1, height, width, 3)` float32 RGB, 0 to 255, of any size, and returns `(1, 4 * height, 4 * width, 3)`,
     clipped to 0 to 255. Raises OSError.
     """
-    form = {".tflite": "litert", ".onnx": "onnx"}.get(path.suffix.lower(), "tf_saved_model")
+    form = {".tflite": "litert", ".onnx": "onnx"}.get(path.suffix, "tf_saved_model")
     signature = [tf.TensorSpec((1, None, None, 3), tf.float32, name="lr")]
     clipped = keras.Model(network.input, keras.ops.clip(network.output, 0, 255), name=network.name)
     with warnings.catch_warnings():

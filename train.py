@@ -103,7 +103,7 @@ def make_strategy() -> tf.distribute.Strategy:
 
 
 def is_chief() -> bool:
-    """Whether this process writes and validates: of several workers, one does."""
+    """Whether this process writes: of several workers, one does."""
     return tf.distribute.get_strategy().extended.should_checkpoint
 
 

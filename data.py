@@ -40,6 +40,10 @@ EXIF_TAGS = {270, 271, 272, 282, 283, 296, 305, 306, 315, 33432, EXIF_DETAILS :=
 EXIF_OUTDATED, EXIF_ORIENTATION = (0xA002, 0xA003, 0xA005), 0x0112
 ORIENTATIONS = {2: (0, -1), 3: (2, 1), 4: (2, -1), 5: (3, -1), 6: (3, 1), 7: (1, -1), 8: (1, 1)}  # np.rot90, mirror
 LAYOUT = {"train", "valid", "val", "validation", "HR", "LR", "LR_x4", "LR_bicubic"}  # folders with a meaning
+PLAINLY = {  # what Pillow says of files that are valid, and what a user should read
+    "MAX_TEXT": "its texts and colour profile are over 64 MB",
+    "unknown pixel mode": "its pixels are of a rare kind, such as 12 bits or float: save it as a PNG of 8 or 16 bits",
+}
 
 
 @dataclasses.dataclass
@@ -66,7 +70,7 @@ def list_images(folder: str | Path) -> list[Path]:
 def open_image(path: str | Path):
     """Yield a file's content, and Pillow's image of it, not decoded yet. Errors inside become OSErrors of one line."""
     Image.MAX_IMAGE_PIXELS = None  # large images are welcome
-    PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20  # so are, up to 64 MB, long texts and colour profiles
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 << 20  # so are long texts and colour profiles
     TiffImagePlugin.READ_LIBTIFF = True  # Pillow's own reader takes planes of 16 bits for planes of 8
     try:
         if Path(path).exists() and not Path(path).is_file():
@@ -80,7 +84,7 @@ def open_image(path: str | Path):
             raise OSError(f"not one of {' '.join(sorted(set(SUFFIXES.values())))}") from None
     except Exception as error:  # Pillow's decoders raise a dozen kinds on damaged files
         why = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        why = why.replace("PngImagePlugin.MAX_TEXT_CHUNK", "the 64 MB that text and profile may have")
+        why = next((plain for words, plain in PLAINLY.items() if words in why), why)
         raise OSError(f"can't read {path}: {why}") from error
 
 
@@ -99,7 +103,7 @@ def read_image(path: str | Path) -> ImageData:
             tags, deep = image.tag_v2 if image.format == "TIFF" else {}, image.mode.startswith("I;16")
             depth, black_is_zero = max(tags.get(258, (8,))), tags.get(262) == 1
             if image.mode in ("I", "F") or (deep and not (depth == 16 and black_is_zero)):
-                raise OSError("this kind of grey pixels is not supported, save it as a PNG of 8 or 16 bits")
+                raise OSError("unknown pixel mode")
             if depth > 8 and not deep:
                 warnings.warn(f"{path} has {depth}-bit colour, of which 8 are read: convert it to PNG to keep 16")
             if image.mode == "CMYK" and icc:
@@ -226,7 +230,8 @@ def scoring_pairs(folder: str | Path) -> list[tuple[str, Path, Path | None]]:
     folders have its name before that. The LR of X.png or X_HR.png is X.png, Xx4.png, X_x4.png or X_LR.png.
     """
     prefix = max((path.name.removesuffix("HR") for path in Path(folder).glob("DIV2K_*_HR")), default="")
-    hr_folder, *lr_folders = [Path(folder) / f"{prefix}{name}" for name in ("HR", "LR_x4", "LR", "LR_bicubic/X4")]
+    names = ("HR", "LR_x4", "LR", "LR_bicubic/X4", "LR_bicubic")
+    hr_folder, *lr_folders = (Path(folder) / f"{prefix}{name}" for name in names)
     hr_paths = list_images(hr_folder if hr_folder.is_dir() else folder)
     lr_folder = next(filter(Path.is_dir, lr_folders), None)
     lr_paths = {path.stem: path for path in (list_images(lr_folder) if lr_folder else hr_paths)}
@@ -235,8 +240,10 @@ def scoring_pairs(folder: str | Path) -> list[tuple[str, Path, Path | None]]:
         base = path.stem.removesuffix("_HR")
         names = [base + ending for ending in ("x4", "_x4", "_LR", "") if lr_folder or base + ending != path.stem]
         pairs[path] = next((lr_paths[name] for name in names if name in lr_paths), None)
-    pairs = [(path.stem, path, lr) for path, lr in pairs.items() if path not in pairs.values()]
+    used = set(pairs.values())
+    pairs = [(path.stem, path, lr) for path, lr in pairs.items() if path not in used]
     alone = [path for _, path, lr in pairs if lr is None]
+    alone += [path for path in lr_paths.values() if lr_folder and path not in used]
     if alone and (lr_folder or len(alone) < len(pairs) or any(path.stem.endswith("_LR") for path in alone)):
         raise UserError(f"{alone[-1]} has no partner: each HR image needs an LR image of its name, or none has one")
     return pairs
@@ -328,8 +335,8 @@ class PreparedImages:
 
     def __init__(self, prepared: dict[Path, Path]):  # by the original
         self.names, self.paths = [path.name for path in prepared], list(prepared.values())
-        self.fingerprint = digest([(path.name, path.stat().st_size) for path in prepared])  # the same when moved
         self.sizes = np.array([lr.shape[:2] for lr, _ in self])
+        self.fingerprint = digest([lr[len(lr) // 2].tobytes() for lr, _ in self])  # the same when moved
 
     def __len__(self):
         return len(self.paths)
@@ -358,7 +365,7 @@ def load(data_dir: str | Path | None = None, cache_dir: str | Path | None = None
     trains = [folder / name for name in ("DIV2K_train_HR", "train") if (folder / name).is_dir()]
     valids = [folder / name for name in ("DIV2K_valid_HR", "valid", "val", "validation") if (folder / name).is_dir()]
     images = prepare(trains[0] if trains else folder, cache)
-    if trains and valids:
+    if valids:
         return PreparedImages(images), PreparedImages(prepare(valids[0], cache))
     if len(images) < 2:
         raise UserError(f"{folder} needs at least 2 usable images, one of them for validation, but has {len(images)}")

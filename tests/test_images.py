@@ -48,6 +48,8 @@ def saved(pixels, kind, mode=None, **options):
 
 
 PALETTE, KEY, BLACK = Image.fromarray(RGB).quantize(50), tuple(map(int, RGB[0, 0])), Image.new("RGB", (40, 30))
+PAGE = bytearray(saved(RGB, "TIFF"))
+PAGE[130:134] = b"\xff" * 4  # after ten tags, a pointer to a next page that is not there
 # name: (the file, its pixels as RGB or grey and perhaps alpha, or None: about RGB, or GREY, or with some alpha)
 KINDS = {
     "png": (saved(RGB, "PNG"), RGB),
@@ -71,6 +73,8 @@ KINDS = {
     "tif": (saved(RGB, "TIFF", compression="tiff_lzw"), RGB),
     "cmyk.tif": (saved(RGB, "TIFF", "CMYK"), RGB),
     "16 bit grey.tif": (saved(RGB_16[..., 0], "TIFF"), RGB_16[..., 0]),
+    "no next page.tif": (PAGE, RGB),
+    "frames.png": (saved(RGB, "PNG", save_all=True, append_images=[BLACK]), RGB),
     "pages.tif": (saved(RGB, "TIFF", save_all=True, append_images=[BLACK.copy()]), RGB),
 }
 if ".avif" in data.SUFFIXES:
@@ -204,11 +208,12 @@ JPEG_12 = bytearray(saved(RGB, "JPEG"))  # a header of 12 bits
 JPEG_12[JPEG_12.index(b"\xff\xc0") + 4] = 12
 REFUSED = {  # name: (the file, what its error says it is)
     "12 bits.jpg": (JPEG_12, "12-bit"),
-    "float.tif": ((SAMPLES / "float.tif").read_bytes(), "pixel mode"),
-    "grey float.tif": ((SAMPLES / "grey float.tif").read_bytes(), "this kind of grey"),
-    "grey 12 bit.tif": ((SAMPLES / "grey 12 bit.tif").read_bytes(), "this kind of grey"),
-    "grey white is zero.tif": ((SAMPLES / "grey white is zero.tif").read_bytes(), "this kind of grey"),
+    "float.tif": ((SAMPLES / "float.tif").read_bytes(), "rare kind"),
+    "grey float.tif": ((SAMPLES / "grey float.tif").read_bytes(), "rare kind"),
+    "grey 12 bit.tif": ((SAMPLES / "grey 12 bit.tif").read_bytes(), "rare kind"),
+    "grey white is zero.tif": ((SAMPLES / "grey white is zero.tif").read_bytes(), "rare kind"),
     "postscript.png": (saved(RGB, "EPS"), "not a PNG"),  # Pillow would start Ghostscript
+    "long.png": (insert_chunk(saved(RGB, "PNG"), b"zTXt", b"a\0\0" + zlib.compress(bytes(65 << 20))), "over 64 MB"),
     "text.jpg": (b"not an image", "not a JPEG"),
     "missing.png": (None, "No such file"),
 }

@@ -110,7 +110,6 @@ def test_odd_surroundings(tmp_path):
     keras_json = {"image_data_format": "channels_first", "floatx": "float16", "backend": "jax"}
     (tmp_path / "keras.json").write_text(json.dumps(keras_json))
     odd = {"KERAS_HOME": str(tmp_path), "KERAS_BACKEND": "jax", "PYTHONIOENCODING": "ascii"}
-    options = {"cwd": tmp_path, "env": os.environ | odd}
-    done = process(PROGRAM, "--pretrained", "--input", ".", "--output", "out", **options)
+    done = process(PROGRAM, *"--pretrained --input . --output out".split(), cwd=tmp_path, env=os.environ | odd)
     assert done.returncode == 1 and "?.png" in done.stdout and "1 of 2" in done.stderr and "\r" not in done.stderr
     assert os.listdir(tmp_path / "out") == ["ü.png"]

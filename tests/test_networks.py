@@ -62,20 +62,18 @@ def test_bfloat16_is_close_and_does_not_shift_colours():
     assert 0 < np.abs(difference).mean() < 2 and np.abs(np.mean(difference, (0, 1, 2))).max() < 0.3  # grey levels
 
 
-def test_weights_survive_a_file_and_other_files_are_refused_by_name(tmp_path, monkeypatch):
+def test_files_without_good_weights_are_refused_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr(model, "BLOCKS", 2)
-    network, names = model.generator(), ("whole", "again", "nan", "inf", "text", "other", "damaged")
+    network, names = model.generator(), ("whole", "nan", "inf", "text", "other", "damaged")
     files = {name: tmp_path / f"{name}.weights.h5" for name in names}
     network.save_weights(files["whole"])
-    model.load_generator(files["whole"]).save_weights(files["again"])
     whole = files["whole"].read_bytes()
-    assert files["again"].read_bytes() == whole
     for name in ("nan", "inf"):
         network.get_layer("block2_norm1").moving_variance.assign(np.full(64, float(name)))
         network.save_weights(files[name])
     files["text"].write_text("no weights")
     keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]).save_weights(files["other"])
     files["damaged"].write_bytes(whole[:680] + bytes(255 - byte for byte in whole[680:688]) + whole[688:])
-    for name in names[2:]:
+    for name in names[1:]:
         with pytest.raises(OSError, match=f"{name}.weights.h5 .*" + "not finite" * (name in ("nan", "inf"))):
             model.load_generator(files[name])

@@ -265,7 +265,7 @@ def test_what_may_not_change_when_a_run_goes_on(finished, photos, tmp_path, caps
     others = [*later, *"--PREGENSTEPS 40 --BATCH_SIZE 8 --ema 0 --seed 4 --jpeg 70".split()]
     for flag, value in zip(others[::2], others[1::2]):
         assert flag.strip("-") in refusal(capsys, *training(photos, finished, flag, value), started=True)
-    shutil.copy(moved / "valid" / "4.png", moved / "train")
+    shutil.copy(moved / "valid" / "4.png", moved / "train" / "0.png")
     assert "images" in refusal(capsys, *training(moved, finished), started=True)
     shutil.rmtree(finished / "checkpoints" / "gan")  # before the GAN has begun, its flags may change
     assert run(*training(photos, finished, "--STEPS", 1, *later)) == 0

@@ -226,7 +226,8 @@ def fit(name, step_function, state, steps, seed, images, valid_images, args, vgg
     batches = data.patches(images, args.BATCH_SIZE, first, last, seed, args.jpeg)
     batches = batches.batch(count).prefetch(1) if count > 1 else batches
     batches = tf.distribute.get_strategy().experimental_distribute_dataset(batches)  # an equal share for each device
-    averaged, validate = make_validation(state["generator"], state["optimizer"], images, valid_images, args, vgg)
+    generator = state["generator"]
+    averaged, average, validate = make_validation(generator, state["optimizer"], images, valid_images, args, vgg)
     logs = f"{args.run_dir}/logs/{name}"
     writer = tf.summary.create_file_writer(logs) if is_chief() else tf.summary.create_noop_writer()
     status, saved = {}, time.monotonic()
@@ -240,9 +241,8 @@ def fit(name, step_function, state, steps, seed, images, valid_images, args, vgg
                 tf.summary.image(f"crop/{key}", image[None])
             writer.flush()
 
-    scores = validate()
     if not start:
-        log(*scores)
+        log(*validate())
     begin = "finished before, " if start >= steps else "continuing " if start else "compiling the training step"
     print(f"{name}: {begin}{f'after step {start}' if start else ''}", flush=True)
     bar = tqdm(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True, disable=None)
@@ -275,7 +275,9 @@ def fit(name, step_function, state, steps, seed, images, valid_images, args, vgg
             if signals:
                 bar.write(f"Interrupted and saved at step {step}: the same command continues")
                 sys.exit(128 + signals[0])
-    state["generator"].set_weights(averaged.get_weights())
+    if start >= steps:
+        average()
+    generator.set_weights(averaged.get_weights())
     wait_for_workers(step)
 
 
@@ -352,11 +354,11 @@ def restore(checkpoint, folder: Path) -> int:
 
 
 def make_validation(generator, optimizer, images, valid_images, args, vgg=None):
-    """Returns the generator with the averages of its weights over the steps (--ema), and `validate`, which updates it.
+    """Returns the generator with the averages of its weights (--ema), and functions that update and that validate it.
 
-    `validate()` returns the mean PSNR in dB and, with `vgg`, content loss of ten images, and crops to look at. It takes
-    the middle of large images. Normalisation statistics belong to the weights that they were measured with, so the
-    averages get their own, the mean over 16 batches of 16 LR patches. Without --ema, `generator` is taken as it is.
+    Normalisation statistics belong to the weights that they were measured with, so the averages get their own, the mean
+    over 16 batches of 16 LR patches. Without --ema, it is `generator`. Validation takes the middle of ten images. It
+    returns the mean PSNR in dB and, with `vgg`, content loss, and crops to look at.
     """
     averaged, pairs = model.generator() if args.ema else generator, []
     averaged.set_weights(generator.get_weights())
@@ -368,10 +370,7 @@ def make_validation(generator, optimizer, images, valid_images, args, vgg=None):
         hr = hr[data.SCALE * y :, data.SCALE * x :][: data.SCALE * VALID_SIZE, : data.SCALE * VALID_SIZE]
         pairs.append((np.array(lr[y:, x:][:VALID_SIZE, :VALID_SIZE]), np.array(hr)))
 
-    def content_loss(sr, hr):
-        return losses.content_loss(*(vgg(tf.cast(image[None], tf.float32)) for image in (hr, sr)))
-
-    def validate():
+    def average():
         if args.ema and optimizer.iterations > 0:
             averaged.set_weights(generator.get_weights())
             optimizer.finalize_variable_values(averaged.trainable_variables)
@@ -379,10 +378,16 @@ def make_validation(generator, optimizer, images, valid_images, args, vgg=None):
                 for layer in normalizations:
                     layer.momentum = i / (i + 1)  # the mean of all batches so far
                 averaged(lr, training=True)
+
+    def content_loss(sr, hr):
+        return losses.content_loss(*(vgg(tf.cast(image[None], tf.float32)) for image in (hr, sr)))
+
+    def validate():
+        average()
         srs = [upscale(lr) for lr, _ in pairs]
         scalars = {"PSNR": np.mean([losses.psnr(sr, hr) for sr, (_, hr) in zip(srs, pairs)])}
         if vgg:
             scalars["Validation Content Loss"] = np.mean([content_loss(sr, hr) for sr, (_, hr) in zip(srs, pairs)])
         return scalars, {"bicubic": data.bicubic(pairs[0][0]), "SR": srs[0], "HR": pairs[0][1]}
 
-    return averaged, validate
+    return averaged, average, validate

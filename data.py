@@ -39,7 +39,6 @@ LONGEST_SIDE = {"JPEG": 65_500, "WEBP": 16_383, "AVIF": 32_768}  # libjpeg's is 
 EXIF_TAGS = {270, 271, 272, 282, 283, 296, 305, 306, 315, 33432, EXIF_DETAILS := 0x8769, 0x8825}
 EXIF_OUTDATED, EXIF_ORIENTATION = (0xA002, 0xA003, 0xA005), 0x0112
 ORIENTATIONS = {2: (0, -1), 3: (2, 1), 4: (2, -1), 5: (3, -1), 6: (3, 1), 7: (1, -1), 8: (1, 1)}  # np.rot90, mirror
-LAYOUT = {"train", "valid", "val", "validation", "HR", "LR", "LR_x4", "LR_bicubic"}  # folders with a meaning
 PLAINLY = {  # what Pillow says of files that are valid, and what a user should read
     "MAX_TEXT": "its texts and colour profile are over 64 MB",
     "unknown pixel mode": "its pixels are of a rare kind, such as 12 bits or float: save it as a PNG of 8 or 16 bits",
@@ -53,9 +52,9 @@ class ImageData:  # what is kept of an image between reading and writing
     metadata: dict = dataclasses.field(default_factory=dict)  # for Pillow's `save`: exif, icc_profile, dpi, lossless
 
 
-def list_images(folder: str | Path) -> list[Path]:
-    """The images in `folder`, by name, without hidden files. Prints what else is left out. UserError if that is all."""
-    paths = sorted(path for path in Path(folder).iterdir() if path.name[0] != "." and path.name not in LAYOUT)
+def list_images(folder: str | Path, *others: Path) -> list[Path]:
+    """The images in `folder`, by name. Prints how many files are left out, except `others`. Raises UserError."""
+    paths = sorted(path for path in Path(folder).iterdir() if path.name[0] != "." and path not in others)
     images = [path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file()]
     if not images:
         deeper = (path.parent for path in Path(folder).rglob("[!.]*") if path.suffix.lower() in SUFFIXES)
@@ -232,7 +231,7 @@ def scoring_pairs(folder: str | Path) -> list[tuple[str, Path, Path | None]]:
     prefix = max((path.name.removesuffix("HR") for path in Path(folder).glob("DIV2K_*_HR")), default="")
     names = ("HR", "LR_x4", "LR", "LR_bicubic/X4", "LR_bicubic")
     hr_folder, *lr_folders = (Path(folder) / f"{prefix}{name}" for name in names)
-    hr_paths = list_images(hr_folder if hr_folder.is_dir() else folder)
+    hr_paths = list_images(hr_folder if hr_folder.is_dir() else folder, *lr_folders)
     lr_folder = next(filter(Path.is_dir, lr_folders), None)
     lr_paths = {path.stem: path for path in (list_images(lr_folder) if lr_folder else hr_paths)}
     pairs = {}
@@ -364,7 +363,7 @@ def load(data_dir: str | Path | None = None, cache_dir: str | Path | None = None
     folder = Path(data_dir) if data_dir else div2k(cache / "DIV2K")
     trains = [folder / name for name in ("DIV2K_train_HR", "train") if (folder / name).is_dir()]
     valids = [folder / name for name in ("DIV2K_valid_HR", "valid", "val", "validation") if (folder / name).is_dir()]
-    images = prepare(trains[0] if trains else folder, cache)
+    images = prepare(trains[0] if trains else folder, cache, *valids)
     if valids:
         return PreparedImages(images), PreparedImages(prepare(valids[0], cache))
     if len(images) < 2:
@@ -375,10 +374,10 @@ def load(data_dir: str | Path | None = None, cache_dir: str | Path | None = None
     return tuple(PreparedImages({path: images[path] for path in sorted(p)}) for p in (paths[count:], paths[:count]))
 
 
-def prepare(folder: Path, cache: Path) -> dict[Path, Path]:
+def prepare(folder: Path, cache: Path, *others: Path) -> dict[Path, Path]:
     """Decode and degrade images, except those prepared already. Returns the files of the usable ones, by original."""
     store = cache / "prepared" / f"{folder.resolve().name}-{digest(str(folder.resolve()))[:8]}"
-    stats = {path: path.stat() for path in list_images(folder)}
+    stats = {path: path.stat() for path in list_images(folder, *others)}
     targets = {p: store / f"{digest((1, p.name, s.st_size, s.st_mtime_ns))}.npy" for p, s in stats.items()}
 
     def is_prepared(path):

@@ -82,10 +82,10 @@ def test_degradation_is_matlabs():
 
 def test_a_folder_says_in_one_line_what_it_leaves_out_or_where_there_are_images(tmp_path, capsys):
     names = ("b.png", "a.JPG", "._c.png", "more/e.png", "HR/f.png")
-    save(tmp_path / "photos", {name: noise(96, 96) for name in names})
+    photos = save(tmp_path / "photos", {name: noise(96, 96) for name in names})
     for name in ("notes.txt", "g.gif", "photo.heic"):
-        (tmp_path / "photos" / name).touch()
-    assert [path.name for path in data.list_images(tmp_path / "photos")] == ["a.JPG", "b.png"]
+        (photos / name).touch()
+    assert data.list_images(photos, photos / "HR") == [photos / "a.JPG", photos / "b.png"]
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1 and "photos" in printed and "4 of 6 files and subfolders" in printed
     with pytest.raises(data.UserError, match="no images in .*photos"):

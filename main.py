@@ -36,19 +36,11 @@ def number(kind, low, high):
 
 
 def jpeg_qualities(text):
-    """An argparse type: a range of JPEG qualities, as `LOW-HIGH`."""
-    with contextlib.suppress(ValueError):
-        low, high = map(int, text.split("-") if "-" in text else (text, text))
-        if 1 <= low <= high <= 100:
-            return f"{low}-{high}"
-    raise argparse.ArgumentTypeError(f"must be two qualities from 1 to 100, as in 70-95, not {text}")
-
-
-def path(text):
-    """An argparse type: the path of a file or folder that exists."""
-    if not os.path.exists(text):
-        raise argparse.ArgumentTypeError(f"no such file or folder: {text}")
-    return text
+    """An argparse type: a range of JPEG qualities, as `LOW-HIGH`, or one quality."""
+    qualities = list(map(number(int, 1, 100), text.split("-")))
+    if len(qualities) > 2 or qualities != sorted(qualities):
+        raise argparse.ArgumentTypeError(f"must be two qualities from 1 to 100, as in 70-95, not {text}")
+    return f"{qualities[0]}-{qualities[-1]}"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -72,25 +64,25 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lr_gen", rate, "RATE", 1e-4, "learning rate of the GAN, of both networks")
     modes = group.add_mutually_exclusive_group()
     modes.add_argument("--pretrained", action="store_true", help="upscale --input to --output instead of training")
-    add("--evaluate", path, "DIR", None, "print PSNR and SSIM on the images in DIR, or in its HR/ and LR_x4/", modes)
+    add("--evaluate", str, "DIR", None, "print PSNR and SSIM on the images in DIR, or in its HR/ and LR_x4/", modes)
     add("--export", str, "PATH", None, "write the generator as .tflite, .onnx, or else a SavedModel folder", modes)
 
     group = parser.add_argument_group("upscaling, evaluation and export")
-    add("--input", path, "PATH", None, "an image, or a folder of images (default: input.jpg)")
+    add("--input", str, "PATH", None, "an image, or a folder of images (default: input.jpg)")
     add("--output", str, "PATH", None, "the image to write, or a folder for the results (default: output.jpg)")
     group.add_argument("--skip_existing", action="store_true", help="skip images whose results are newer")
-    add("--weights", path, "FILE", None, f"weights to use (default: weights/{WEIGHTS.name}), or to start training with")
+    add("--weights", str, "FILE", None, f"weights to use (default: weights/{WEIGHTS.name}), or to start training with")
     add("--blend", share, "A", None, "mix the weights of SRResNet (0) and SRGAN (1): low values invent less detail")
     group.add_argument("--ensemble", action="store_true", help="average eight flips and rotations: better, slower")
 
     group = parser.add_argument_group("training")
     add("--recipe", ("paper", "release"), None, "paper", "release: the losses, steps and rates of weights/")
-    add("--data_dir", path, "DIR", None, "photos, in train/ and valid/ or all in DIR (default: DIV2K, downloaded once)")
+    add("--data_dir", str, "DIR", None, "photos, in train/ and valid/ or all in DIR (default: DIV2K, downloaded once)")
     add("--run_dir", str, "DIR", "runs/srgan", "checkpoints, logs and results; the same command resumes a run")
     add("--cache_dir", str, "DIR", None, "for DIV2K and decoded photos (default: data/, or else ~/.cache/srgan)")
     layers = ("block2_conv2", "block3_conv4", "block5_conv4")
     add("--vgg_layer", layers, None, "block5_conv4", "VGG19 layer of the content loss")
-    add("--vgg_weights", path, "FILE", None, "VGG19 weights (default: downloaded once by Keras)")
+    add("--vgg_weights", str, "FILE", None, "VGG19 weights (default: downloaded once by Keras)")
     add("--adversarial", weight, "W", 1e-3, "weight of the adversarial loss, beside the content loss")
     add("--colour", weight, "W", 0.0, "weight of the colour loss")
     add("--artifact", weight, "W", 0.0, "weight of the artifact loss")
@@ -107,24 +99,26 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     args = parser.parse_args(RELEASE.split() + argv) if args.recipe == "release" else args
-    if empty := [name for name, value in vars(args).items() if value == ""]:
-        parser.error(f"--{empty[0]} is empty")
-    if args.export and args.ensemble:
-        parser.error("--ensemble can't be exported")
-    if not args.pretrained and (args.input or args.output or args.skip_existing):
-        parser.error("--input, --output and --skip_existing need --pretrained")
-    if args.pretrained or args.evaluate or args.export:
-        args.weights = Path(args.weights or WEIGHTS)
-    else:
-        if args.blend is not None or args.ensemble:
-            parser.error("--blend and --ensemble can't be used in training")
-        if not (args.STEPS or args.PREGENSTEPS or args.finish):
-            parser.error("--STEPS 0 and --PREGENSTEPS 0: nothing to train")
-        srresnet = f"{args.run_dir}/srresnet.weights.h5"
-        if not (args.PREGENSTEPS or args.weights or os.path.exists(srresnet)):
-            parser.error(f"--PREGENSTEPS 0 needs --weights, or {srresnet}")
-        if any(character in args.run_dir for character in "[\\" if character != os.sep):
-            parser.error(f"--run_dir {args.run_dir}: TensorFlow reads [ and \\ as a pattern, choose another name")
+    training = not (args.pretrained or args.evaluate or args.export)
+    upscaling = args.input or args.output or args.skip_existing
+    paths = args.input, args.evaluate, args.weights, args.data_dir, args.vgg_weights
+    srresnet = f"{args.run_dir}/srresnet.weights.h5"
+    start = args.PREGENSTEPS or args.weights or os.path.exists(srresnet)
+    steps = args.STEPS or args.PREGENSTEPS or args.finish
+    pattern = {*args.run_dir} & ({"[", "\\"} - {os.sep})
+    mistakes = {
+        **{f"--{name} is empty": value == "" for name, value in vars(args).items()},
+        **{f"no such file or folder: {path}": not os.path.exists(path) for path in filter(None, paths)},
+        "--ensemble can't be exported": args.export and args.ensemble,
+        "--input, --output and --skip_existing need --pretrained": upscaling and not args.pretrained,
+        "--blend and --ensemble can't be used in training": training and (args.blend is not None or args.ensemble),
+        "--STEPS 0 and --PREGENSTEPS 0: nothing to train": training and not steps,
+        f"--PREGENSTEPS 0 needs --weights, or {srresnet}": training and not start,
+        f"--run_dir {args.run_dir}: TensorFlow reads [ and \\ as a pattern, choose another name": training and pattern,
+    }
+    if mistake := next(filter(mistakes.get, mistakes), None):
+        parser.error(mistake)
+    args.weights = args.weights if training else Path(args.weights or WEIGHTS)
     return args
 
 

@@ -163,6 +163,27 @@ def check_output(path: str | Path, width: int, height: int):
         raise UserError(f"can't write {path}: {width}x{height} is more than a {kind} holds, choose .png")
 
 
+def find_jobs(source: str, output: str) -> list[tuple[Path, Path]]:
+    """The images to read, each with the file to write. Makes its folder. Raises OSError if one can't be written."""
+    source, target = Path(source), Path(output)
+    if not source.is_dir():
+        jobs = [(source, target / source.name if output.endswith("/") or target.is_dir() else target)]
+        with open_image(source) as (_, image):
+            check_output(jobs[0][1], *image.size)
+    elif target.suffix.lower() in SUFFIXES or target.is_file():
+        raise UserError(f"--input {source} is a folder: --output must be a folder, too, not {target}")
+    else:
+        jobs = [(image, target / image.name) for image in list_images(source)]
+    originals = {os.path.realpath(image) for image, _ in jobs}
+    if both := [target for _, target in jobs if os.path.realpath(target) in originals]:
+        raise UserError(f"--output {both[0]} is also an input, and inputs are never overwritten")
+    folder = jobs[0][1].parent
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"can't write {jobs[0][1]}: {folder} is read-only")
+    return jobs
+
+
 def write_image(path: str | Path, image: ImageData):
     """Write an image in the format of the path's suffix. Warns if that has no alpha, so white behind it, or 16 bits."""
     kind = SUFFIXES[Path(path).suffix.lower()]

@@ -122,38 +122,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def find_jobs(source, output):
-    """The images to read, each with the file to write, as a list of pairs. Raises OSError or UserError."""
-    import data
-
-    source, target = Path(source), Path(output)
-    if not source.is_dir():
-        target = target / source.name if output.endswith("/") or target.is_dir() else target
-        jobs = [(source, target)]
-        with data.open_image(source) as (_, image):
-            width, height = image.size
-        data.check_output(target, width, height)
-    elif target.suffix.lower() in data.SUFFIXES or target.is_file():
-        raise data.UserError(f"--input {source} is a folder: --output must be a folder, too, not {target}")
-    else:
-        jobs = [(image, target / image.name) for image in data.list_images(source)]
-    originals = {os.path.realpath(image) for image, _ in jobs}
-    if both := [target for _, target in jobs if os.path.realpath(target) in originals]:
-        raise data.UserError(f"--output {both[0]} is also an input, and inputs are never overwritten")
-    folder = jobs[0][1].parent
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise OSError(f"can't write {jobs[0][1]}: {folder} is read-only")
-    return jobs
-
-
 def upscale(args):
     """`--pretrained`: write each image four times larger. Raises OSError if some failed, after the others."""
     from tqdm import tqdm
 
     import data
 
-    jobs = todo = find_jobs(args.input or "input.jpg", args.output or "output.jpg")
+    jobs = todo = data.find_jobs(args.input or "input.jpg", args.output or "output.jpg")
     if args.skip_existing:
         todo = [(a, b) for a, b in jobs if not (b.exists() and b.stat().st_mtime > a.stat().st_mtime)]
         print(f"{len(jobs) - len(todo)} of {len(jobs)} images skipped: their results are newer")

@@ -1,8 +1,7 @@
 """The command line of SRGAN (Ledig et al. 2017, arXiv:1609.04802): train, upscale, evaluate, export.
 
-Flags and paths are checked before TensorFlow is imported, so `-h` and mistakes are answered at once. `-h` needs no
-package at all: packages are imported where they are used. Exit codes: 0 done, 1 failed, 2 refused before any work, 128
-plus the signal's number if interrupted.
+Flags and paths are checked before TensorFlow is imported, and `-h` needs no package: all are imported where they are
+used. Exit codes: 0 done, 1 failed, 2 refused before any work, 128 plus the signal's number if interrupted.
 """
 
 import argparse
@@ -15,7 +14,6 @@ import warnings
 from pathlib import Path
 
 WEIGHTS = Path(__file__).resolve().parent / "weights" / "srgan.weights.h5"
-
 # The flags of `--recipe release`, with which the weights in weights/ were trained. Flags given beside it win.
 RELEASE = (
     "--PREGENSTEPS 36000 --STEPS 24000 --finish 900 --BATCH_SIZE 32 --lr_pre_gen 1e-3 --lr_gen 2e-4 --lr_decay cosine "
@@ -45,15 +43,14 @@ def jpeg_qualities(text):
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line. Exits with code 2 if a flag is wrong, or doesn't go with the mode."""
-    about = "Train SRGAN, or upscale images four times with it."
-    parser = argparse.ArgumentParser("main.py", description=about, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Train SRGAN, or upscale images fourfold with it.", allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"main.py: {message}\n")  # one line, without the usage
     steps, interval = number(int, 0, 9_999_999), number(int, 1, 9_999_999)
     rate, share, weight = number(float, 1e-12, 1), number(float, 0, 1), number(float, 0, 1e6)
 
     def add(flag, kind, metavar, default, help, to=None):
         kind = {"type": kind} if callable(kind) else {"choices": kind}
-        help += f" (default: {default})" if default is not None else ""
+        help += "" if default is None else f" (default: {default})"
         (to or group).add_argument(flag, **kind, metavar=metavar, default=default, help=help)
 
     group = parser.add_argument_group("main flags")
@@ -66,7 +63,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     modes.add_argument("--pretrained", action="store_true", help="upscale --input to --output instead of training")
     add("--evaluate", str, "DIR", None, "print PSNR and SSIM on the images in DIR, or in its HR/ and LR_x4/", modes)
     add("--export", str, "PATH", None, "write the generator as .tflite, .onnx, or else a SavedModel folder", modes)
-
     group = parser.add_argument_group("upscaling, evaluation and export")
     add("--input", str, "PATH", None, "an image, or a folder of images (default: input.jpg)")
     add("--output", str, "PATH", None, "the image to write, or a folder for the results (default: output.jpg)")
@@ -74,28 +70,24 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--weights", str, "FILE", None, f"weights to use (default: weights/{WEIGHTS.name}), or to start training with")
     add("--blend", share, "A", None, "mix the weights of SRResNet (0) and SRGAN (1): low values invent less detail")
     group.add_argument("--ensemble", action="store_true", help="average eight flips and rotations: better, slower")
-
     group = parser.add_argument_group("training")
     add("--recipe", ("paper", "release"), None, "paper", "release: the losses, steps and rates of weights/")
     add("--data_dir", str, "DIR", None, "photos, in train/ and valid/ or all in DIR (default: DIV2K, downloaded once)")
     add("--run_dir", str, "DIR", "runs/srgan", "checkpoints, logs and results; the same command resumes a run")
     add("--cache_dir", str, "DIR", None, "for DIV2K and decoded photos (default: data/, or else ~/.cache/srgan)")
-    layers = ("block2_conv2", "block3_conv4", "block5_conv4")
-    add("--vgg_layer", layers, None, "block5_conv4", "VGG19 layer of the content loss")
+    add("--vgg_layer", ("block2_conv2", "block3_conv4", "block5_conv4"), None, "block5_conv4", "for the content loss")
     add("--vgg_weights", str, "FILE", None, "VGG19 weights (default: downloaded once by Keras)")
     add("--adversarial", weight, "W", 1e-3, "weight of the adversarial loss, beside the content loss")
     add("--colour", weight, "W", 0.0, "weight of the colour loss")
     add("--artifact", weight, "W", 0.0, "weight of the artifact loss")
     add("--finish", steps, "N", 0, "after --STEPS, N more with a new discriminator every 300, then the mean of both")
-    decays = ("paper", "cosine", "none")
-    add("--lr_decay", decays, None, "paper", "paper: a tenth in the second half of the GAN; cosine: down to 0")
+    add("--lr_decay", ("paper", "cosine", "none"), None, "paper", "paper: a tenth in the GAN's last half; cosine: to 0")
     add("--precision", ("float32", "bfloat16"), None, "float32", "number format to train or upscale in")
     add("--ema", number(float, 0, 0.99999), "DECAY", 0.0, "average the generator's weights over the last steps; 0: off")
     add("--jpeg", jpeg_qualities, "LOW-HIGH", None, "compress half of the LR patches as JPEG, with these qualities")
     add("--save_every", interval, "N", 100, "steps between checkpoints, which are at most five minutes apart")
     add("--eval_every", interval, "N", 100, "steps between validations")
     add("--seed", number(int, 0, 2**31 - 1), "N", 0, "seed of the initial weights and of the order of the data")
-
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     args = parser.parse_args(RELEASE.split() + argv) if args.recipe == "release" else args
@@ -104,7 +96,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     paths = args.input, args.evaluate, args.weights, args.data_dir, args.vgg_weights
     srresnet = f"{args.run_dir}/srresnet.weights.h5"
     start = args.PREGENSTEPS or args.weights or os.path.exists(srresnet)
-    steps = args.STEPS or args.PREGENSTEPS or args.finish
     pattern = {*args.run_dir} & ({"[", "\\"} - {os.sep})
     mistakes = {
         **{f"--{name} is empty": value == "" for name, value in vars(args).items()},
@@ -112,7 +103,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--ensemble can't be exported": args.export and args.ensemble,
         "--input, --output and --skip_existing need --pretrained": upscaling and not args.pretrained,
         "--blend and --ensemble can't be used in training": training and (args.blend is not None or args.ensemble),
-        "--STEPS 0 and --PREGENSTEPS 0: nothing to train": training and not steps,
+        "--STEPS 0 --PREGENSTEPS 0: nothing to train": training and not (args.STEPS or args.PREGENSTEPS or args.finish),
         f"--PREGENSTEPS 0 needs --weights, or {srresnet}": training and not start,
         f"--run_dir {args.run_dir}: TensorFlow reads [ and \\ as a pattern, choose another name": training and pattern,
     }
@@ -135,7 +126,6 @@ def upscale(args):
         if not todo:
             return
     print(f"Running on {start_tensorflow(args.precision)}", flush=True)
-
     import model
 
     upscaler, failed = model.make_upscaler(model.load_generator(args.weights, args.blend), args.ensemble), 0
@@ -167,7 +157,6 @@ def evaluate(args):
 
     pairs = data.scoring_pairs(args.evaluate)
     print(f"Running on {start_tensorflow(args.precision)}", flush=True)
-
     import losses
     import model
 
@@ -193,7 +182,6 @@ def export(args):
     if target.is_dir():
         raise OSError(f"--export {target} is a folder that exists: remove it, or give another name")
     print(f"Running on {start_tensorflow()}", flush=True)
-
     import data
     import model
 
@@ -207,7 +195,6 @@ def train(args):
     # oneDNN: off by default without AVX-512. There it speeds up training 1.8 times, but slows upscaling a lot.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     print(f"Running on {start_tensorflow(args.precision)}", flush=True)
-
     import train
 
     train.train(args)
@@ -225,7 +212,6 @@ def start_tensorflow(precision="float32") -> str:
     """Import TensorFlow, quietly and set up for the machine and the program, and return the device's name."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ["KERAS_BACKEND"] = "tensorflow"  # and below, whatever ~/.keras/keras.json says
-    sys.stderr.flush()
     stderr = os.dup(2)
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)  # TensorFlow's C++ code prints there before any setting can prevent it

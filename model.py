@@ -160,15 +160,13 @@ def tiled(function, image, scale: int, tile: int, halo: int) -> np.ndarray:
     A tile gets `halo` more pixels on each side that isn't an edge of the image. If no value of the result depends on
     pixels farther away, all are as if computed in one piece.
     """
-    height, width = image.shape[:2]
-    result = None
+    height, width, result = *image.shape[:2], None
     for top in range(0, height, tile):
-        y, lefts = max(top - halo, 0), range(0, width, tile)
-        xs = [max(left - halo, 0) for left in lefts]
+        rows, lefts = image[max(top - halo, 0) : top + tile + halo], range(0, width, tile)
         # A GPU gets all the work of a row before the first result is waited for.
-        parts = [function(image[y : top + tile + halo, x : left + tile + halo]) for left, x in zip(lefts, xs)]
-        for left, x, part in zip(lefts, xs, parts):
-            part = np.asarray(part[scale * (top - y) :, scale * (left - x) :][: scale * tile, : scale * tile])
+        parts = [function(rows[:, max(left - halo, 0) : left + tile + halo]) for left in lefts]
+        for left, part in zip(lefts, parts):
+            part = np.asarray(part[scale * min(top, halo) :, scale * min(left, halo) :][: scale * tile, : scale * tile])
             if result is None:
                 result = np.empty((scale * height, scale * width, part.shape[-1]), part.dtype)
             result[scale * top : scale * (top + tile), scale * left : scale * (left + tile)] = part
@@ -210,10 +208,9 @@ def make_upscaler(network: keras.Model, ensemble: bool = False, tiles: tuple[int
             x = np.broadcast_to(np.float32(x) * np.float32(255 / maximum), (*x.shape[:2], 3))
             if ensemble:
                 sr = 0
-                for mirror in (1, -1):
-                    for turns in range(4):
-                        turned = run(np.rot90(x[:, ::mirror], turns), lambda sr: sr)
-                        sr = sr + np.rot90(turned, -turns)[:, ::mirror]
+                for mirror, turns in itertools.product((1, -1), range(4)):
+                    turned = run(np.rot90(x[:, ::mirror], turns), lambda sr: sr)
+                    sr = sr + np.rot90(turned, -turns)[:, ::mirror]
                 sr = to_pixels(sr / 8)
             else:
                 sr = run(x, to_pixels)

@@ -61,13 +61,11 @@ class ShufflePReLUConv(layers.Layer):
 def generator() -> keras.Model:
     """SRResNet: 16 residual blocks at LR resolution, then two pixel shuffles (Figure 4, top).
 
-    Fully convolutional: `(batch, height, width, 3)` in, `(batch, 4 * height, 4 * width, 3)` out, float32. The last
-    layer is linear, so values may leave 0 to 255 a little: clip when the image is made. A fresh generator upscales
-    like an interpolation (see `start_as_interpolation`).
+    `(batch, height, width, 3)` in, `(batch, 4 * height, 4 * width, 3)` out, float32, of any size. Values may leave 0 to
+    255 a little: clip when the image is made. A fresh one upscales like an interpolation (`start_as_interpolation`).
     """
     conv = partial(layers.Conv2D, padding="same")
     prelu = partial(layers.PReLU, shared_axes=[1, 2], alpha_initializer=keras.initializers.Constant(0.25))
-
     lr = keras.Input((None, None, 3), name="lr")
     x = layers.Rescaling(1 / 255, dtype="float32", name="unit")(lr)  # [0, 1]
     x = skip = prelu(name="head_prelu")(conv(64, 9, dtype="float32", name="head_conv")(x))
@@ -83,7 +81,6 @@ def generator() -> keras.Model:
     x = prelu(name="up1_prelu")(x)
     x = ShufflePReLUConv(name="tail", dtype="float32")(conv(256, 3, name="up2_conv")(x))  # (batch, 4h, 4w, 3), [-1, 1]
     sr = layers.Rescaling(127.5, 127.5, dtype="float32", name="sr")(x)
-
     model = keras.Model(lr, sr, name="generator")
     start_as_interpolation(model)
     return model
@@ -174,15 +171,12 @@ def tiled(function, image, scale: int, tile: int, halo: int) -> np.ndarray:
 
 
 def make_upscaler(network: keras.Model, ensemble: bool = False, tiles: tuple[int, int] | None = None):
-    """Make a function that runs the generator over an image in tiles, as if in one piece.
+    """Make `upscale(lr)`: `(h, w, 3)` or `(h, w, 1)`, uint8 or uint16, to `(4h, 4w, same)` of the same type, in tiles.
 
-    The trunk needs 37 pixels of context and little memory, the tail 3 pixels and much. So the image goes through the
-    trunk in large tiles, and the features of each through the tail in smaller ones: `tiles`, in LR pixels. The tail
-    takes some 13 kB per pixel, and on a GPU tiles as large as its memory allows are faster.
-
-    Returns `upscale(lr)`, from `(h, w, 3)` or `(h, w, 1)`, uint8 or uint16, to `(4h, 4w, same)` of the same type. An
-    image whose three channels are equal stays grey. With `ensemble`, it averages over the eight flips and rotations of
-    each tile. Shows a progress bar after 3 seconds. Raises MemoryError.
+    The trunk needs 37 pixels of context and little memory, the tail 3 pixels and some 13 kB per pixel. So the trunk
+    gets large tiles, and the tail smaller ones of its features: `tiles`, in LR pixels. On a GPU, larger are faster.
+    An image whose three channels are equal stays grey. `ensemble` averages over the eight flips and rotations of each
+    tile. Shows a progress bar after 3 seconds. Raises MemoryError.
     """
     gpu = bool(tf.config.list_physical_devices("GPU"))
     trunk_tile, tail_tile = tiles or ((1024, 384) if gpu else (768, 128))
@@ -205,17 +199,15 @@ def make_upscaler(network: keras.Model, ensemble: bool = False, tiles: tuple[int
             return tf.cast(tf.round(tf.clip_by_value(sr, 0, 255) * (maximum / 255)), lr.dtype)
 
         def run_tile(x):
-            x = np.broadcast_to(np.float32(x) * np.float32(255 / maximum), (*x.shape[:2], 3))
-            if ensemble:
-                sr = 0
-                for mirror, turns in itertools.product((1, -1), range(4)):
-                    turned = run(np.rot90(x[:, ::mirror], turns), lambda sr: sr)
-                    sr = sr + np.rot90(turned, -turns)[:, ::mirror]
-                sr = to_pixels(sr / 8)
-            else:
-                sr = run(x, to_pixels)
             bar.update()
-            return sr
+            x = np.broadcast_to(np.float32(x) * np.float32(255 / maximum), (*x.shape[:2], 3))
+            if not ensemble:
+                return run(x, to_pixels)
+            total = 0
+            for mirror, turns in itertools.product((1, -1), range(4)):
+                turned = run(np.rot90(x[:, ::mirror], turns), lambda sr: sr)
+                total = total + np.rot90(turned, -turns)[:, ::mirror]
+            return to_pixels(total / 8)
 
         count = int(np.prod(np.ceil(np.divide(lr.shape[:2], trunk_tile))))
         try:

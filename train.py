@@ -1,7 +1,4 @@
-"""Training: SRResNet with the MSE, then SRGAN with the perceptual loss (Ledig et al. 2017, section 3.2).
-
-From top to bottom: the whole run, the devices, the phases with their training steps, the loop, and what the loop uses.
-"""
+"""Training: SRResNet with the MSE, then SRGAN with the perceptual loss (Ledig et al. 2017, section 3.2)."""
 
 import contextlib
 import hashlib
@@ -27,7 +24,6 @@ KEEP = 2  # newest checkpoints of a phase
 SAVE_AFTER = 300  # at most this many seconds between checkpoints, however long --save_every steps take
 RENEW = 300  # steps of the finish with each new discriminator: after these, it has all but won
 VALID_IMAGES, VALID_SIZE = 10, 96  # validation: the middle 96x96 LR pixels of the first ten images
-
 # Options that can't change when a run is resumed; the last ones only once the GAN, or its finish, has begun.
 KEPT = ("BATCH_SIZE", "images", "weights", "precision", "ema", "jpeg", "seed")
 KEPT_BY_GAN = ("PREGENSTEPS", "vgg_layer", "adversarial", "colour", "artifact")
@@ -35,10 +31,7 @@ KEPT_BY_FINISH = ("STEPS",)
 
 
 def train(args):
-    """Train SRResNet and then SRGAN in `args.run_dir`, as the flags of main.py say.
-
-    Raises UserError, OSError, and SystemExit after a signal, when all is saved.
-    """
+    """Train as main.py's flags say. Raises UserError, OSError, and SystemExit after a signal, when all is saved."""
     strategy, run_dir = make_strategy(), Path(args.run_dir)
     srresnet, srgan = run_dir / "srresnet.weights.h5", run_dir / "srgan.weights.h5"
     if args.BATCH_SIZE % strategy.num_replicas_in_sync:
@@ -55,15 +48,15 @@ def train(args):
                 model.load_weights(generator, args.weights or srresnet)
             if args.PREGENSTEPS:
                 train_srresnet(generator, images, valid_images, args)
-                save_weights(generator, srresnet)
+                write(srresnet, generator.save_weights)
             if args.STEPS:
                 train_srgan("gan", args.STEPS, args.STEPS, args.seed + 1, generator, vgg, images, valid_images, args)
-                save_weights(generator, run_dir / "gan.weights.h5" if args.finish else srgan)
+                write(run_dir / "gan.weights.h5" if args.finish else srgan, generator.save_weights)
             if args.finish:  # ends halfway between the weights before it, which invent less, and those after it
                 before = generator.get_weights()
                 train_srgan("finish", args.finish, RENEW, args.seed + 2, generator, vgg, images, valid_images, args)
                 generator.set_weights([(a + b) / 2 for a, b in zip(before, generator.get_weights())])
-                save_weights(generator, srgan)
+                write(srgan, generator.save_weights)
             print(f"To upscale: python3 main.py --pretrained --weights {srgan if vgg else srresnet}")
     except tf.errors.ResourceExhaustedError as error:
         hint = f"out of memory (try a --BATCH_SIZE below {args.BATCH_SIZE}), or the disk is full"
@@ -77,16 +70,12 @@ def check_options(run_dir: Path, options: dict):
     if options["weights"]:  # what counts is what is in it, wherever it lies
         options["weights"] = f"sha256 {hashlib.sha256(Path(options['weights']).read_bytes()).hexdigest()[:16]}"
     file, begun = run_dir / "options.json", {path.parent.name for path in run_dir.glob("checkpoints/*/*.index")}
-    if begun and file.exists():
-        before = json.loads(file.read_text())
-        finish = "finish" in begun
-        for name in KEPT + KEPT_BY_GAN * (finish or "gan" in begun) + KEPT_BY_FINISH * finish:
-            if (old := before.get(name)) != (new := options[name]):
-                what = f"other {name}" if name in ("images", "weights") else f"--{name} {old}, not {new}"
-                raise data.UserError(f"{run_dir} was begun with {what}: use the same, or another --run_dir")
-    if is_chief():
-        with data.atomic_write(file) as temporary:
-            temporary.write_text(json.dumps(options, indent=2) + "\n")
+    before, finish = json.loads(file.read_text()) if begun and file.exists() else options, "finish" in begun
+    for name in KEPT + KEPT_BY_GAN * (finish or "gan" in begun) + KEPT_BY_FINISH * finish:
+        if (old := before.get(name)) != (new := options[name]):
+            what = f"other {name}" if name in ("images", "weights") else f"--{name} {old}, not {new}"
+            raise data.UserError(f"{run_dir} was begun with {what}: use the same, or another --run_dir")
+    write(file, lambda path: path.write_text(json.dumps(options, indent=2) + "\n"))
 
 
 def make_strategy() -> tf.distribute.Strategy:
@@ -110,19 +99,15 @@ def is_chief() -> bool:
 def wait_for_workers(step: int):
     """Wait until all workers are here. Raises UserError if they are not at the same step."""
     strategy = tf.distribute.get_strategy()
-
-    @tf.function
-    def total():
-        return strategy.reduce("SUM", strategy.run(lambda: tf.constant(step)), axis=None)
-
+    total = tf.function(lambda: strategy.reduce("SUM", strategy.run(tf.constant, (step,)), axis=None), autograph=False)
     if int(total()) != step * strategy.num_replicas_in_sync:
         raise data.UserError("the workers see different checkpoints: --run_dir must be a folder that all of them share")
 
 
-def save_weights(network, path):
+def write(path, function):
     if is_chief():
         with data.atomic_write(path) as temporary:
-            network.save_weights(temporary)
+            function(temporary)
 
 
 def train_srresnet(generator, images, valid_images, args):

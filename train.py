@@ -196,12 +196,11 @@ def update(network, optimizer, tape, loss):
     optimizer.apply(tape.gradient(loss, network.trainable_variables, share), network.trainable_variables)
 
 
-def fit(name, step_function, state, steps, seed, images, valid_images, args, vgg=None, before_step=None):
+def fit(name, step_function, state, steps, seed, images, valid_images, args, vgg=None, before_step=lambda step: None):
     """Train one phase from its newest checkpoint to the step `steps`. With --ema, the generator ends with the averages.
 
-    `step_function(lr, hr)` takes float32 batches and returns a dict of scalars. `state` is what a checkpoint holds, the
-    networks and optimizers by name. The order of the data needs none: a batch follows from `seed` and its step. Raises
-    UserError if a number is not finite, OSError, and SystemExit after a signal, when the state is saved.
+    `step_function(lr, hr)` takes float32 batches and returns a dict of scalars. `state` is what a checkpoint holds, by
+    name: a batch follows from `seed` and its step. Raises as `train`, and UserError if a number is not finite.
     """
     checkpoint, folder = tf.train.Checkpoint(**state), Path(args.run_dir) / "checkpoints" / name
     step = start = restore(checkpoint, folder)
@@ -212,7 +211,7 @@ def fit(name, step_function, state, steps, seed, images, valid_images, args, vgg
     batches = batches.batch(count).prefetch(1) if count > 1 else batches
     batches = tf.distribute.get_strategy().experimental_distribute_dataset(batches)  # an equal share for each device
     generator = state["generator"]
-    averaged, average, validate = make_validation(generator, state["optimizer"], images, valid_images, args, vgg)
+    average, validate = make_validation(generator, state["optimizer"], images, valid_images, args, vgg)
     logs = f"{args.run_dir}/logs/{name}"
     writer = tf.summary.create_file_writer(logs) if is_chief() else tf.summary.create_noop_writer()
     status, saved = {}, time.monotonic()
@@ -234,45 +233,39 @@ def fit(name, step_function, state, steps, seed, images, valid_images, args, vgg
     with bar, catch_signals() as signals:
         for lrs, hrs in batches if start < steps else ():
             before, step = step, min(step // count * count + count, steps)
-            if before_step:
-                before_step(before)
+            before_step(before)
             scalars = run(lrs, hrs, tf.constant(before % count), tf.constant((step - 1) % count + 1))
-
-            def due(every):
-                return step == steps or step // every > before // every
-
-            saving = due(args.save_every) or bool(signals) or time.monotonic() - saved > SAVE_AFTER
-            if due(LOG_EVERY):
+            intervals = LOG_EVERY, args.eval_every, args.save_every
+            logging, validating, saving = (step == steps or step // n > before // n for n in intervals)
+            if logging:
                 scalars = {key: float(value) for key, value in scalars.items()}  # waits for the device
                 check_finite(name, step, scalars.values())
                 log(scalars)
-            if due(args.eval_every):
+            if validating:
                 log(*validate())
                 if bar.disable:
                     print(f"{name} {step}/{steps}: {', '.join(f'{k} {v}' for k, v in status.items())}", flush=True)
             bar.set_postfix(status, refresh=False)
             bar.update(step - before)
-            if saving:
+            stopping = bool(signals)
+            if saving or stopping or time.monotonic() - saved > SAVE_AFTER:
                 check_finite(name, step, [value.numpy() for part in state.values() for value in part.variables])
                 if is_chief():
                     save(checkpoint, folder, step)
                 saved = time.monotonic()
-            if signals:
+            if stopping:
                 bar.write(f"Interrupted and saved at step {step}: the same command continues")
                 sys.exit(128 + signals[0])
-    if start >= steps:
-        average()
-    generator.set_weights(averaged.get_weights())
+    generator.set_weights(average())
     wait_for_workers(step)
 
 
 def compiled(step):
     """Compile `step(lr, hr) -> dict of scalars` into `run(lrs, hrs, first, last)`, and say how many steps a call takes.
 
-    On one GPU, XLA compiles a loop over ten steps, since Python and TensorFlow take longer to start a step there than
-    the GPU to compute it. `run` takes ten uint8 batches, stacked, does the steps `first` to `last - 1`, and returns the
-    scalars of the last. Elsewhere it takes one batch and does one step: XLA doesn't work with several devices, and on a
-    CPU oneDNN's kernels are faster.
+    On one GPU, XLA compiles a loop, since Python takes longer to start a step there than the GPU to compute it: `run`
+    takes ten uint8 batches, stacked, does the steps `first` to `last - 1`, and returns the scalars of the last.
+    Elsewhere it takes one batch: XLA doesn't work with several devices, and oneDNN's kernels for CPUs are faster.
     """
     strategy = tf.distribute.get_strategy()
 
@@ -282,9 +275,8 @@ def compiled(step):
 
     @tf.function(autograph=False, jit_compile=True)
     def loop(lrs, hrs, first, last):
-        names = once.get_concrete_function(lrs[0], hrs[0]).structured_outputs
-        start = first, {name: tf.constant(0.0) for name in names}
-        return tf.while_loop(lambda i, _: i < last, lambda i, _: (i + 1, once(lrs[i], hrs[i])), start)[1]
+        scalars = dict.fromkeys(once.get_concrete_function(lrs[0], hrs[0]).structured_outputs, tf.constant(0.0))
+        return tf.while_loop(lambda i, _: i < last, lambda i, _: (i + 1, once(lrs[i], hrs[i])), (first, scalars))[1]
 
     @tf.function(autograph=False)
     def everywhere(lr, hr, first, last):
@@ -339,11 +331,11 @@ def restore(checkpoint, folder: Path) -> int:
 
 
 def make_validation(generator, optimizer, images, valid_images, args, vgg=None):
-    """Returns the generator with the averages of its weights (--ema), and functions that update and that validate it.
+    """Returns functions that average the generator's weights (--ema), and that validate these averages.
 
     Normalisation statistics belong to the weights that they were measured with, so the averages get their own, the mean
-    over 16 batches of 16 LR patches. Without --ema, it is `generator`. Validation takes the middle of ten images. It
-    returns the mean PSNR in dB and, with `vgg`, content loss, and crops to look at.
+    over 16 batches of 16 LR patches. Validation takes the middle of ten images, and returns the mean PSNR in dB and,
+    with `vgg`, content loss, and crops to look at.
     """
     averaged, pairs = model.generator() if args.ema else generator, []
     averaged.set_weights(generator.get_weights())
@@ -363,16 +355,15 @@ def make_validation(generator, optimizer, images, valid_images, args, vgg=None):
                 for layer in normalizations:
                     layer.momentum = i / (i + 1)  # the mean of all batches so far
                 averaged(lr, training=True)
-
-    def content_loss(sr, hr):
-        return losses.content_loss(*(vgg(tf.cast(image[None], tf.float32)) for image in (hr, sr)))
+        return averaged.get_weights()
 
     def validate():
         average()
         srs = [upscale(lr) for lr, _ in pairs]
         scalars = {"PSNR": np.mean([losses.psnr(sr, hr) for sr, (_, hr) in zip(srs, pairs)])}
         if vgg:
-            scalars["Validation Content Loss"] = np.mean([content_loss(sr, hr) for sr, (_, hr) in zip(srs, pairs)])
+            features = ([vgg(np.float32(image[None])) for image in (hr, sr)] for sr, (_, hr) in zip(srs, pairs))
+            scalars["Validation Content Loss"] = np.mean([losses.content_loss(*pair) for pair in features])
         return scalars, {"bicubic": data.bicubic(pairs[0][0]), "SR": srs[0], "HR": pairs[0][1]}
 
-    return averaged, average, validate
+    return average, validate

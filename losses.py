@@ -20,7 +20,6 @@ def mse_loss(hr, sr):
 # (its VGG54). Shallower layers have larger features, beside which the adversarial loss would vanish: their factors
 # bring the content loss of a pre-trained generator to the 0.07 that it has at block5_conv4.
 FEATURE_SCALES = {"block2_conv2": 1 / 510, "block3_conv4": 1 / 1600, "block5_conv4": 1 / 12.75}
-
 IMAGENET_MEAN = np.float32([103.939, 116.779, 123.68])  # of B, G and R
 VGG_URL = "https://storage.googleapis.com/tensorflow/keras-applications/vgg19/"
 VGG_URL += "vgg19_weights_tf_dim_ordering_tf_kernels_notop.h5"
@@ -94,10 +93,7 @@ def artifact_loss(hr, sr):
 
 
 def luma(image):
-    """The Y of BT.601, 16 to 235, of RGB, MATLAB's rgb2ycbcr without rounding; a single channel is taken as it is.
-
-    From `(h, w, 3)` or `(h, w, 1)` uint8 to `(h, w)` float64.
-    """
+    """BT.601's Y, 16 to 235, as MATLAB's rgb2ycbcr before rounding; one channel as it is: `(h, w)` float64."""
     return image[..., 0].astype(float) if image.shape[-1] == 1 else 16 + image @ [65.481, 128.553, 24.966] / 255
 
 

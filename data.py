@@ -4,7 +4,6 @@ Images are uint8 arrays `(height, width, 3)`, RGB, 0 to 255, unless a docstring 
 """
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import http.client
@@ -45,13 +44,6 @@ PLAINLY = {  # what Pillow says of files that are valid, and what a user should 
 }
 
 
-@dataclasses.dataclass
-class ImageData:  # what is kept of an image between reading and writing
-    pixels: np.ndarray  # (h, w, 3) RGB or (h, w, 1) grey, uint8 or uint16
-    alpha: np.ndarray | None = None  # (h, w) of the same type, 0: transparent
-    metadata: dict = dataclasses.field(default_factory=dict)  # for Pillow's `save`: exif, icc_profile, dpi, lossless
-
-
 def list_images(folder: str | Path, *others: Path) -> list[Path]:
     """The images in `folder`, by name. Prints how many files are left out, except `others`. Raises UserError."""
     paths = sorted(path for path in Path(folder).iterdir() if path.name[0] != "." and path not in others)
@@ -87,8 +79,12 @@ def open_image(path: str | Path):
         raise OSError(f"can't read {path}: {why}") from error
 
 
-def read_image(path: str | Path) -> ImageData:
-    """Read any image, the first of several, upright; 16 bits stay except in colour TIFF. Raises OSError of one line."""
+def read_image(path: str | Path) -> tuple[np.ndarray, np.ndarray | None, dict]:
+    """Read any image, the first of several, upright: pixels, alpha and metadata. Raises OSError of one line.
+
+    Pixels are `(h, w, 3)` RGB or `(h, w, 1)` grey, uint8 or, except of colour TIFF, uint16. Alpha is `(h, w)` of the
+    same type, or None. Metadata are what of exif, icc_profile, dpi and lossless holds for Pillow's `save`.
+    """
     with open_image(path) as (content, image):
         image.load()
         exif = image.getexif()  # Pillow turns a TIFF upright by itself, and removes the orientation here
@@ -127,12 +123,12 @@ def read_image(path: str | Path) -> ImageData:
         if exif and len(exif.tobytes()) <= 65_533:  # the most that a JPEG holds
             metadata["exif"] = exif.tobytes()
     alpha = pixels[..., -1].copy() if pixels.shape[2] > colours else None
-    return ImageData(np.ascontiguousarray(pixels[..., :colours]), alpha, metadata)
+    return np.ascontiguousarray(pixels[..., :colours]), alpha, metadata
 
 
 def read_rgb(path: str | Path) -> np.ndarray:
     """Read any image as upright RGB, `(h, w, 3)` uint8, without its alpha. Raises OSError, in one line."""
-    pixels = to_8_bit(read_image(path).pixels)
+    pixels = to_8_bit(read_image(path)[0])
     return np.repeat(pixels, 3 // pixels.shape[2], axis=2)
 
 
@@ -184,10 +180,9 @@ def find_jobs(source: str, output: str) -> list[tuple[Path, Path]]:
     return jobs
 
 
-def write_image(path: str | Path, image: ImageData):
+def write_image(path: str | Path, pixels: np.ndarray, alpha: np.ndarray | None = None, metadata: dict = {}):
     """Write an image in the format of the path's suffix. Warns if that has no alpha, so white behind it, or 16 bits."""
-    kind = SUFFIXES[Path(path).suffix.lower()]
-    pixels, alpha, (height, width, channels) = image.pixels, image.alpha, image.pixels.shape
+    kind, (height, width, channels) = SUFFIXES[Path(path).suffix.lower()], pixels.shape
     keeps_16_bits = {"PNG": height * width <= 500e6, "TIFF": channels == 1 and alpha is None}.get(kind)  # TF's limit
     if pixels.dtype == np.uint16 and not keeps_16_bits:
         warnings.warn(f"{path} is written with 8 of the image's 16 bits: .png keeps them, up to 500 megapixels")
@@ -206,7 +201,7 @@ def write_image(path: str | Path, image: ImageData):
         elif alpha is not None and alpha.min() < 255:
             warnings.warn(f"{path} can't hold transparency: the image is put on white")
             made = Image.composite(made, Image.new(made.mode, made.size, "white"), Image.fromarray(alpha))
-        made.save(temporary, kind, quality=95, subsampling="4:4:4", **image.metadata | grey_as_rgb)
+        made.save(temporary, kind, quality=95, subsampling="4:4:4", **metadata | grey_as_rgb)
 
 
 @contextlib.contextmanager
@@ -271,7 +266,7 @@ def scoring_pairs(folder: str | Path) -> list[tuple[str, Path, Path | None]]:
 
 def read_pair(hr_path: str | Path, lr_path: str | Path | None) -> tuple[np.ndarray, np.ndarray]:
     """LR `(h, w, 3)`, made from HR if it has no file, and HR `(4h, 4w, 3)`, or `(4h, 4w, 1)` if its file is grey."""
-    hr = to_8_bit(read_image(hr_path).pixels)
+    hr = to_8_bit(read_image(hr_path)[0])
     lr = read_rgb(lr_path) if lr_path else degrade(np.repeat(hr, 3 // hr.shape[2], axis=2))
     (h, w), (height, width) = lr.shape[:2], hr.shape[:2]
     if min(height, width) < 2 * 4 + 11:  # the border that scores leave out, and the window of SSIM

@@ -131,14 +131,12 @@ def upscale(args):
     upscaler, failed = model.make_upscaler(model.load_generator(args.weights, args.blend), args.ensemble), 0
     for source, target in tqdm(todo, unit="image", disable=len(jobs) == 1 or None):
         try:
-            image = data.read_image(source)
-            height, width, _ = image.pixels.shape
+            pixels, alpha, metadata = data.read_image(source)
+            height, width, _ = pixels.shape
             data.check_output(target, width, height)
-            if image.alpha is not None:
-                image.pixels = data.spread_colours(image.pixels, image.alpha)
-                image.alpha = data.bicubic(image.alpha)
-            image.pixels = upscaler(image.pixels)
-            data.write_image(target, image)
+            if alpha is not None:
+                pixels, alpha = data.spread_colours(pixels, alpha), data.bicubic(alpha)
+            data.write_image(target, upscaler(pixels), alpha, metadata)
             tqdm.write(f"{target}: {data.SCALE * width}x{data.SCALE * height}")
         except (OSError, MemoryError) as error:
             if len(todo) == 1:

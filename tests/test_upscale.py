@@ -286,7 +286,7 @@ def test_scores_are_those_of_the_upscaled_files(tmp_path, weights, capsys):
     assert run("--pretrained", "--input", lr_folder, "--output", sr_folder, "--weights", weights) == 0
     expected = {}
     for name in "01":
-        hr, sr = (data.read_image(path).pixels for path in (hr_folder / f"{name}.png", sr_folder / f"{name}x4.png"))
+        hr, sr = (data.read_image(path)[0] for path in (hr_folder / f"{name}.png", sr_folder / f"{name}x4.png"))
         bicubic = data.bicubic(data.read_rgb(lr_folder / f"{name}x4.png"))[..., : hr.shape[2]]
         expected[name] = [score(image, hr) for image in (bicubic, sr) for score in (losses.psnr, losses.ssim)]
     expected["mean of 2"] = np.mean([*expected.values()], axis=0)

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 WEIGHTS = Path(__file__).resolve().parent / "weights" / "srgan.weights.h5"
@@ -21,21 +22,17 @@ RELEASE = (
 )
 
 
-def number(kind, low, high):
-    """An argparse type: a `kind` from `low` to `high`."""
-
-    def convert(text):
-        with contextlib.suppress(ValueError):
-            if low <= (value := kind(text)) <= high:
-                return value
-        raise argparse.ArgumentTypeError(f"must be a{' whole' * (kind is int)} number from {low} to {high}, not {text}")
-
-    return convert
+def number(kind, low, high, text):
+    """With `functools.partial`, an argparse type: a `kind` from `low` to `high`."""
+    with contextlib.suppress(ValueError):
+        if low <= (value := kind(text)) <= high:
+            return value
+    raise argparse.ArgumentTypeError(f"must be a{' whole' * (kind is int)} number from {low} to {high}, not {text}")
 
 
 def jpeg_qualities(text):
     """An argparse type: a range of JPEG qualities, as `LOW-HIGH`, or one quality."""
-    qualities = list(map(number(int, 1, 100), text.split("-")))
+    qualities = [number(int, 1, 100, part) for part in text.split("-")]
     if len(qualities) > 2 or qualities != sorted(qualities):
         raise argparse.ArgumentTypeError(f"must be two qualities from 1 to 100, as in 70-95, not {text}")
     return f"{qualities[0]}-{qualities[-1]}"
@@ -45,8 +42,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line. Exits with code 2 if a flag is wrong, or doesn't go with the mode."""
     parser = argparse.ArgumentParser(description="Train SRGAN, or upscale images fourfold with it.", allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"main.py: {message}\n")  # one line, without the usage
-    steps, interval = number(int, 0, 9_999_999), number(int, 1, 9_999_999)
-    rate, share, weight = number(float, 1e-12, 1), number(float, 0, 1), number(float, 0, 1e6)
+    steps, interval = partial(number, int, 0, 9_999_999), partial(number, int, 1, 9_999_999)
+    rate, share, weight = (partial(number, float, *limits) for limits in ((1e-12, 1), (0, 1), (0, 1e6)))
 
     def add(flag, kind, metavar, default, help, to=None):
         kind = {"type": kind} if callable(kind) else {"choices": kind}
@@ -56,7 +53,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("main flags")
     add("--STEPS", steps, "N", 2000, "GAN training steps; 0: only pre-train")
     add("--PREGENSTEPS", steps, "N", 2000, "generator pre-training steps; 0: only the GAN")
-    add("--BATCH_SIZE", number(int, 1, 10**6), "N", 128, "patches per step, over all devices")
+    add("--BATCH_SIZE", partial(number, int, 1, 10**6), "N", 128, "patches per step, over all devices")
     add("--lr_pre_gen", rate, "RATE", 1e-4, "learning rate of the pre-training")
     add("--lr_gen", rate, "RATE", 1e-4, "learning rate of the GAN, of both networks")
     modes = group.add_mutually_exclusive_group()
@@ -83,11 +80,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--finish", steps, "N", 0, "after --STEPS, N more with a new discriminator every 300, then the mean of both")
     add("--lr_decay", ("paper", "cosine", "none"), None, "paper", "paper: a tenth in the GAN's last half; cosine: to 0")
     add("--precision", ("float32", "bfloat16"), None, "float32", "number format to train or upscale in")
-    add("--ema", number(float, 0, 0.99999), "DECAY", 0.0, "average the generator's weights over the last steps; 0: off")
+    add("--ema", partial(number, float, 0, 0.99999), "DECAY", 0.0, "average the generator's weights over steps; 0: off")
     add("--jpeg", jpeg_qualities, "LOW-HIGH", None, "compress half of the LR patches as JPEG, with these qualities")
     add("--save_every", interval, "N", 100, "steps between checkpoints, which are at most five minutes apart")
     add("--eval_every", interval, "N", 100, "steps between validations")
-    add("--seed", number(int, 0, 2**31 - 1), "N", 0, "seed of the initial weights and of the order of the data")
+    add("--seed", partial(number, int, 0, 2**31 - 1), "N", 0, "seed of the initial weights and the order of the data")
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     args = parser.parse_args(RELEASE.split() + argv) if args.recipe == "release" else args
@@ -149,8 +146,6 @@ def upscale(args):
 
 def evaluate(args):
     """`--evaluate`: print PSNR and SSIM of bicubic and of the model."""
-    import numpy as np
-
     import data
 
     pairs = data.scoring_pairs(args.evaluate)
@@ -158,18 +153,15 @@ def evaluate(args):
     import losses
     import model
 
-    def row(name, scores):
-        print(f"{name[:24]:24}" + "  ".join(f"{psnr:7.2f}  {ssim:.4f}" for psnr, ssim in scores))
-
     upscaler = model.make_upscaler(model.load_generator(args.weights, args.blend), args.ensemble)
+    row, table = "{:24.24}{:7.2f}  {:.4f}  {:7.2f}  {:.4f}".format, []
     print(f"{'':24}      bicubic          model\n{'':24}   PSNR    SSIM     PSNR    SSIM")
-    table = []  # (images, 2, 2): bicubic and model, PSNR and SSIM
     for name, hr_path, lr_path in pairs:
         lr, hr = data.read_pair(hr_path, lr_path)
         srs = (sr[..., : hr.shape[2]] for sr in (data.bicubic(lr), upscaler(lr)))  # a grey original has one channel
-        table.append([(losses.psnr(sr, hr), losses.ssim(sr, hr)) for sr in srs])
-        row(name, table[-1])
-    row(f"mean of {len(table)}", np.mean(table, axis=0))
+        table.append([score(sr, hr) for sr in srs for score in (losses.psnr, losses.ssim)])
+        print(row(name, *table[-1]))
+    print(row(f"mean of {len(table)}", *(sum(column) / len(table) for column in zip(*table))))
 
 
 def export(args):
@@ -228,8 +220,7 @@ def start_tensorflow(precision="float32") -> str:
         for gpu in gpus:
             tf.config.experimental.set_memory_growth(gpu, True)
         if not gpus:
-            # One operation at a time, on all cores: gradients are then summed in a fixed order, and equal runs end with
-            # equal bits. A step takes 2 to 10 % longer.
+            # One operation at a time, so that sums have a fixed order, and equal runs equal bits. It costs 2 to 10 %.
             tf.config.threading.set_inter_op_parallelism_threads(1)
     if not gpus and Path("/proc/driver/nvidia/version").exists():
         report("TensorFlow doesn't see the NVIDIA GPU: pip install 'tensorflow[and-cuda]'", "Warning")

@@ -24,10 +24,9 @@ KEEP = 2  # newest checkpoints of a phase
 SAVE_AFTER = 300  # at most this many seconds between checkpoints, however long --save_every steps take
 RENEW = 300  # steps of the finish with each new discriminator: after these, it has all but won
 VALID_IMAGES, VALID_SIZE = 10, 96  # validation: the middle 96x96 LR pixels of the first ten images
-# Options that can't change when a run is resumed; the last ones only once the GAN, or its finish, has begun.
+# Options that can't change when a run is resumed; the last ones only once the GAN has begun, and STEPS its finish.
 KEPT = ("BATCH_SIZE", "images", "weights", "precision", "ema", "jpeg", "seed")
 KEPT_BY_GAN = ("PREGENSTEPS", "vgg_layer", "adversarial", "colour", "artifact")
-KEPT_BY_FINISH = ("STEPS",)
 
 
 def train(args):
@@ -36,8 +35,9 @@ def train(args):
     srresnet, srgan = run_dir / "srresnet.weights.h5", run_dir / "srgan.weights.h5"
     if args.BATCH_SIZE % strategy.num_replicas_in_sync:
         raise data.UserError(f"--BATCH_SIZE must be a multiple of the {strategy.num_replicas_in_sync} devices")
+    chief = strategy.extended.should_checkpoint  # of several workers, the one that writes
     try:
-        with strategy.scope(), data.lock(run_dir, wait=False) if is_chief() else contextlib.nullcontext():
+        with strategy.scope(), data.lock(run_dir, wait=False) if chief else contextlib.nullcontext():
             images, valid_images = data.load(args.data_dir, args.cache_dir)
             check_options(run_dir, {**vars(args), "images": images.fingerprint})
             print(f"{len(images)} images to train on, {len(valid_images)} to validate on")
@@ -71,7 +71,7 @@ def check_options(run_dir: Path, options: dict):
         options["weights"] = f"sha256 {hashlib.sha256(Path(options['weights']).read_bytes()).hexdigest()[:16]}"
     file, begun = run_dir / "options.json", {path.parent.name for path in run_dir.glob("checkpoints/*/*.index")}
     before, finish = json.loads(file.read_text()) if begun and file.exists() else options, "finish" in begun
-    for name in KEPT + KEPT_BY_GAN * (finish or "gan" in begun) + KEPT_BY_FINISH * finish:
+    for name in KEPT + KEPT_BY_GAN * (finish or "gan" in begun) + ("STEPS",) * finish:
         if (old := before.get(name)) != (new := options[name]):
             what = f"other {name}" if name in ("images", "weights") else f"--{name} {old}, not {new}"
             raise data.UserError(f"{run_dir} was begun with {what}: use the same, or another --run_dir")
@@ -91,11 +91,6 @@ def make_strategy() -> tf.distribute.Strategy:
     return tf.distribute.MirroredStrategy() if several else tf.distribute.get_strategy()
 
 
-def is_chief() -> bool:
-    """Whether this process writes: of several workers, one does."""
-    return tf.distribute.get_strategy().extended.should_checkpoint
-
-
 def wait_for_workers(step: int):
     """Wait until all workers are here. Raises UserError if they are not at the same step."""
     strategy = tf.distribute.get_strategy()
@@ -105,7 +100,7 @@ def wait_for_workers(step: int):
 
 
 def write(path, function):
-    if is_chief():
+    if tf.distribute.get_strategy().extended.should_checkpoint:  # of several workers, the chief
         with data.atomic_write(path) as temporary:
             function(temporary)
 
@@ -175,16 +170,14 @@ class Adam(keras.optimizers.Adam):
 
 
 def adam(network, learning_rate, steps, decay, ema=0.0, drop=True):
-    """The paper's Adam: the second half of the GAN has a tenth of the rate (`drop`).
-
-    With `ema`, it averages the weights over the steps, a quarter of them at most: earlier ones had a higher rate.
-    """
+    """The paper's Adam: the second half of the GAN has a tenth of the rate (`drop`). `ema` averages the weights."""
     if decay == "cosine":
         schedule = keras.optimizers.schedules.CosineDecay(learning_rate, max(1, steps))
     else:  # constant rates are schedules, too: as a plain number, a checkpoint's rate would replace a new one
         second = learning_rate / 10 if decay == "paper" and drop else learning_rate
         last = max(0, steps // 2 - 1)  # of the first half, counted from 0
         schedule = keras.optimizers.schedules.PiecewiseConstantDecay([last], [learning_rate, second])
+    # Averages over a quarter of the steps at most: before, the rate was higher.
     optimizer = Adam(schedule, beta_1=0.9, use_ema=ema > 0, ema_momentum=min(ema, steps / (steps + 4)))
     optimizer.build(network.trainable_variables)
     return optimizer
@@ -202,18 +195,19 @@ def fit(name, step_function, state, steps, seed, images, valid_images, args, vgg
     `step_function(lr, hr)` takes float32 batches and returns a dict of scalars. `state` is what a checkpoint holds, by
     name: a batch follows from `seed` and its step. Raises as `train`, and UserError if a number is not finite.
     """
-    checkpoint, folder = tf.train.Checkpoint(**state), Path(args.run_dir) / "checkpoints" / name
+    strategy, checkpoint = tf.distribute.get_strategy(), tf.train.Checkpoint(**state)
+    folder = Path(args.run_dir) / "checkpoints" / name
     step = start = restore(checkpoint, folder)
     wait_for_workers(start)
     run, count = compiled(step_function)
     first, last = start // count * count, -(-steps // count) * count  # calls begin at multiples of `count`
     batches = data.patches(images, args.BATCH_SIZE, first, last, seed, args.jpeg)
     batches = batches.batch(count).prefetch(1) if count > 1 else batches
-    batches = tf.distribute.get_strategy().experimental_distribute_dataset(batches)  # an equal share for each device
+    batches = strategy.experimental_distribute_dataset(batches)  # an equal share for each device
     generator = state["generator"]
     average, validate = make_validation(generator, state["optimizer"], images, valid_images, args, vgg)
-    logs = f"{args.run_dir}/logs/{name}"
-    writer = tf.summary.create_file_writer(logs) if is_chief() else tf.summary.create_noop_writer()
+    chief, logs = strategy.extended.should_checkpoint, f"{args.run_dir}/logs/{name}"
+    writer = tf.summary.create_file_writer(logs) if chief else tf.summary.create_noop_writer()
     status, saved = {}, time.monotonic()
 
     def log(scalars, crops={}):  # to the progress bar and TensorBoard
@@ -250,8 +244,11 @@ def fit(name, step_function, state, steps, seed, images, valid_images, args, vgg
             stopping = bool(signals)
             if saving or stopping or time.monotonic() - saved > SAVE_AFTER:
                 check_finite(name, step, [value.numpy() for part in state.values() for value in part.variables])
-                if is_chief():
-                    save(checkpoint, folder, step)
+                if chief:
+                    checkpoint.write(str(folder / f"{step:07d}"))  # its .index file last
+                    for old in sorted(folder.glob("*.index"))[:-KEEP]:
+                        for file in folder.glob(f"{old.stem}.*"):
+                            file.unlink()
                 saved = time.monotonic()
             if stopping:
                 bar.write(f"Interrupted and saved at step {step}: the same command continues")
@@ -309,13 +306,6 @@ def catch_signals():
         yield caught
 
 
-def save(checkpoint, folder: Path, step: int):
-    checkpoint.write(str(folder / f"{step:07d}"))  # its .index file last
-    for old in sorted(folder.glob("*.index"))[:-KEEP]:
-        for file in folder.glob(f"{old.stem}.*"):
-            file.unlink()
-
-
 def restore(checkpoint, folder: Path) -> int:
     """Restore the newest intact checkpoint. Returns its step, 0 if there is none. Raises OSError if all are damaged."""
     paths = [path.with_suffix("") for path in sorted(folder.glob("*.index"))]
@@ -331,14 +321,10 @@ def restore(checkpoint, folder: Path) -> int:
 
 
 def make_validation(generator, optimizer, images, valid_images, args, vgg=None):
-    """Returns functions that average the generator's weights (--ema), and that validate these averages.
-
-    Normalisation statistics belong to the weights that they were measured with, so the averages get their own, the mean
-    over 16 batches of 16 LR patches. Validation takes the middle of ten images, and returns the mean PSNR in dB and,
-    with `vgg`, content loss, and crops to look at.
-    """
+    """Returns functions that average the generator's weights (--ema), and validate these on the middle of images."""
     averaged, pairs = model.generator() if args.ema else generator, []
     averaged.set_weights(generator.get_weights())
+    # Normalisation statistics belong to the weights that they were measured with, so the averages get their own.
     normalizations = [layer for layer in averaged.layers if isinstance(layer, keras.layers.BatchNormalization)]
     lrs = [lr for lr, _ in data.patches(images, 16, 0, 16, args.seed, args.jpeg)] if args.ema else ()
     upscale = model.make_upscaler(averaged)
@@ -357,7 +343,7 @@ def make_validation(generator, optimizer, images, valid_images, args, vgg=None):
                 averaged(lr, training=True)
         return averaged.get_weights()
 
-    def validate():
+    def validate():  # mean PSNR in dB, content loss if the phase has one, and crops to look at
         average()
         srs = [upscale(lr) for lr, _ in pairs]
         scalars = {"PSNR": np.mean([losses.psnr(sr, hr) for sr, (_, hr) in zip(srs, pairs)])}

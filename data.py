@@ -38,10 +38,8 @@ LONGEST_SIDE = {"JPEG": 65_500, "WEBP": 16_383, "AVIF": 32_768}  # libjpeg's is 
 EXIF_TAGS = {270, 271, 272, 282, 283, 296, 305, 306, 315, 33432, EXIF_DETAILS := 0x8769, 0x8825}
 EXIF_OUTDATED, EXIF_ORIENTATION = (0xA002, 0xA003, 0xA005), 0x0112
 ORIENTATIONS = {2: (0, -1), 3: (2, 1), 4: (2, -1), 5: (3, -1), 6: (3, 1), 7: (1, -1), 8: (1, 1)}  # np.rot90, mirror
-PLAINLY = {  # what Pillow says of files that are valid, and what a user should read
-    "MAX_TEXT": "its texts and colour profile are over 64 MB",
-    "unknown pixel mode": "its pixels are of a rare kind, such as 12 bits or float: save it as a PNG of 8 or 16 bits",
-}
+PLAINLY = {"MAX_TEXT": "its texts and colour profile are over 64 MB"}  # for what Pillow says of files that are valid
+PLAINLY["unknown pixel mode"] = "its pixels are of a rare kind, such as 12 bits or float: save it as 8- or 16-bit PNG"
 
 
 def list_images(folder: str | Path, *others: Path) -> list[Path]:
@@ -222,13 +220,10 @@ def atomic_write(path: str | Path):
 
 
 def degrade(hr: np.ndarray) -> np.ndarray:
-    """The 4x bicubic degradation of the benchmarks, `(4h, 4w, 3)` to `(h, w, 3)`: MATLAB's `imresize(hr, 1/4)`.
-
-    Equal to it beyond 4 LR pixels from the edge. It rounds to uint8 between the two passes, as two calls of Pillow do.
-    """
+    """The 4x degradation: `(4h, 4w, 3)` to `(h, w, 3)`, MATLAB's `imresize(hr, 1/4)` beyond 4 LR pixels from edges."""
     height, width = hr.shape[0] // SCALE, hr.shape[1] // SCALE
     image = Image.fromarray(hr).crop((0, 0, SCALE * width, SCALE * height))
-    image = image.resize((SCALE * width, height), Image.Resampling.BICUBIC)
+    image = image.resize((SCALE * width, height), Image.Resampling.BICUBIC)  # MATLAB, too, rounds between the passes
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
 
 
@@ -252,9 +247,8 @@ def scoring_pairs(folder: str | Path) -> list[tuple[str, Path, Path | None]]:
     lr_paths = {path.stem: path for path in (list_images(lr_folder) if lr_folder else hr_paths)}
     pairs = {}
     for path in hr_paths:
-        base = path.stem.removesuffix("_HR")
-        names = [base + ending for ending in ("x4", "_x4", "_LR", "") if lr_folder or base + ending != path.stem]
-        pairs[path] = next((lr_paths[name] for name in names if name in lr_paths), None)
+        names = (path.stem.removesuffix("_HR") + ending for ending in ("x4", "_x4", "_LR", ""))
+        pairs[path] = next((lr_paths[name] for name in names if lr_paths.get(name, path) != path), None)
     used = set(pairs.values())
     pairs = [(path.stem, path, lr) for path, lr in pairs.items() if path not in used]
     alone = [path for _, path, lr in pairs if lr is None]
@@ -319,8 +313,7 @@ def download(url, path, size):  # or what is missing of it
             if path.stat().st_size < size:
                 raise OSError("the connection ended early")
         except (OSError, http.client.HTTPException) as error:
-            hint = "run the same command again to continue, or use --data_dir"
-            raise OSError(f"can't download {url} ({error}): {hint}") from error
+            raise OSError(f"can't download {url} ({error}): run it again to continue, or use --data_dir") from error
 
 
 @contextlib.contextmanager
@@ -446,13 +439,10 @@ def patches(images: PreparedImages, batch_size: int, first_step: int, last_step:
 
     turns = np.stack([turn(positions[:LR_PATCH, :LR_PATCH], way).ravel() for way in range(8)])
 
-    @functools.lru_cache(2)  # a batch may end one epoch and begin the next
-    def order(epoch):
-        return np.random.default_rng([seed, 0, epoch]).permutation(visits)
-
     def cut(step):
-        numbers = np.arange(batch_size) + (step - 1) * batch_size
-        chosen = np.array([order(epoch)[visit] for epoch, visit in zip(*divmod(numbers, len(visits)))])
+        epochs, places = divmod(np.arange(batch_size) + (step - 1) * batch_size, len(visits))
+        orders = {epoch: np.random.default_rng([seed, 0, epoch]).permutation(visits) for epoch in set(epochs)}
+        chosen = np.array([orders[epoch][place] for epoch, place in zip(epochs, places)])
         rng = np.random.default_rng([seed, 1, step])
         tops, lefts = rng.integers(0, images.sizes[chosen].T - LR_PATCH, endpoint=True)
         ways = rng.integers(0, 8, batch_size)

@@ -94,10 +94,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     srresnet = f"{args.run_dir}/srresnet.weights.h5"
     start = args.PREGENSTEPS or args.weights or os.path.exists(srresnet)
     pattern = {*args.run_dir} & ({"[", "\\"} - {os.sep})
+    lacking = (args.export or "").endswith(".onnx") and not importlib.util.find_spec("tf2onnx")
     mistakes = {
         **{f"--{name} is empty": value == "" for name, value in vars(args).items()},
         **{f"no such file or folder: {path}": not os.path.exists(path) for path in filter(None, paths)},
         "--ensemble can't be exported": args.export and args.ensemble,
+        f"--export {args.export} is a folder that exists: give another name": os.path.isdir(args.export or ""),
+        "exporting to ONNX needs a package that is not installed: pip install tf2onnx": lacking,
         "--input, --output and --skip_existing need --pretrained": upscaling and not args.pretrained,
         "--blend and --ensemble can't be used in training": training and (args.blend is not None or args.ensemble),
         "--STEPS 0 --PREGENSTEPS 0: nothing to train": training and not (args.STEPS or args.PREGENSTEPS or args.finish),
@@ -167,10 +170,6 @@ def evaluate(args):
 def export(args):
     """`--export`: write the generator for other programs."""
     target = Path(os.path.realpath(args.export))
-    if target.suffix == ".onnx" and not importlib.util.find_spec("tf2onnx"):
-        raise OSError("exporting to ONNX needs a package that is not installed: pip install tf2onnx")
-    if target.is_dir():
-        raise OSError(f"--export {target} is a folder that exists: remove it, or give another name")
     print(f"Running on {start_tensorflow()}", flush=True)
     import data
     import model

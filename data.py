@@ -23,12 +23,6 @@ from tqdm import tqdm
 
 SCALE, LR_PATCH, HR_PATCH = 4, 24, 96
 VISIT_PIXELS = 400 * 400  # an epoch of training visits an image once per this many HR pixels
-
-
-class UserError(OSError):
-    """What the user can mend, beside faults of files: printed, as any OSError, as one line without a traceback."""
-
-
 # What can be read and written, and Pillow's name of the format.
 SUFFIXES = {".png": "PNG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP"}
 SUFFIXES |= dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG")
@@ -40,6 +34,20 @@ EXIF_OUTDATED, EXIF_ORIENTATION = (0xA002, 0xA003, 0xA005), 0x0112
 ORIENTATIONS = {2: (0, -1), 3: (2, 1), 4: (2, -1), 5: (3, -1), 6: (3, 1), 7: (1, -1), 8: (1, 1)}  # np.rot90, mirror
 PLAINLY = {"MAX_TEXT": "its texts and colour profile are over 64 MB"}  # for what Pillow says of files that are valid
 PLAINLY["unknown pixel mode"] = "its pixels are of a rare kind, such as 12 bits or float: save it as 8- or 16-bit PNG"
+# DIV2K's HR archives, their bytes and sha256. The LR are made by `degrade`.
+DIV2K_URL = "https://data.vision.ee.ethz.ch/cvl/DIV2K/"
+DIV2K = {
+    "DIV2K_train_HR": (3530603713, "9d0b9c463f6e35b6c62cc6a930ee2224f670b34c1df841a57670f9acf0f6c335"),
+    "DIV2K_valid_HR": (448993893, "20dd31fd84d777bc1cf5d6b7654a3f569c0aec74458ae094122ad1d0489900fc"),
+}
+# Decoding a 2K image for every patch would starve the training. So each image becomes one .npy file, mapped into
+# memory: uint8 `(17, h, w, 3)`, LR and then HR, 16 times as large. Its name is a digest of what it was made from.
+# Each takes a file descriptor, of which other code needs some, too, and one of Linux's 65,530 maps.
+DESCRIPTORS = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else 2048
+
+
+class UserError(OSError):
+    """What the user can mend, beside faults of files: printed, as any OSError, as one line without a traceback."""
 
 
 def list_images(folder: str | Path, *others: Path) -> list[Path]:
@@ -247,8 +255,9 @@ def scoring_pairs(folder: str | Path) -> list[tuple[str, Path, Path | None]]:
     lr_paths = {path.stem: path for path in (list_images(lr_folder) if lr_folder else hr_paths)}
     pairs = {}
     for path in hr_paths:
-        names = (path.stem.removesuffix("_HR") + ending for ending in ("x4", "_x4", "_LR", ""))
-        pairs[path] = next((lr_paths[name] for name in names if lr_paths.get(name, path) != path), None)
+        base = path.stem.removesuffix("_HR")
+        names = [base + ending for ending in ("x4", "_x4", "_LR", "") if lr_folder or base + ending != path.stem]
+        pairs[path] = next((lr_paths[name] for name in names if name in lr_paths), None)
     used = set(pairs.values())
     pairs = [(path.stem, path, lr) for path, lr in pairs.items() if path not in used]
     alone = [path for _, path, lr in pairs if lr is None]
@@ -268,14 +277,6 @@ def read_pair(hr_path: str | Path, lr_path: str | Path | None) -> tuple[np.ndarr
     if (h, w) != (height // SCALE, width // SCALE):
         raise UserError(f"{lr_path} is {w}x{h}, and a quarter of {hr_path} is {width // SCALE}x{height // SCALE}")
     return lr, hr[: SCALE * h, : SCALE * w]
-
-
-# DIV2K's HR archives, their bytes and sha256. The LR are made by `degrade`.
-DIV2K_URL = "https://data.vision.ee.ethz.ch/cvl/DIV2K/"
-DIV2K = {
-    "DIV2K_train_HR": (3530603713, "9d0b9c463f6e35b6c62cc6a930ee2224f670b34c1df841a57670f9acf0f6c335"),
-    "DIV2K_valid_HR": (448993893, "20dd31fd84d777bc1cf5d6b7654a3f569c0aec74458ae094122ad1d0489900fc"),
-}
 
 
 def div2k(root: Path) -> Path:
@@ -330,12 +331,6 @@ def lock(folder: str | Path, wait: bool = True):
         except (ImportError, OSError):
             pass  # Windows, or a file system without locks
         yield
-
-
-# Decoding a 2K image for every patch would starve the training. So each image becomes one .npy file, mapped into
-# memory: uint8 `(17, h, w, 3)`, LR and then HR, 16 times as large. Its name is a digest of what it was made from.
-# Each takes a file descriptor, of which other code needs some, too, and one of Linux's 65,530 maps.
-DESCRIPTORS = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else 2048
 
 
 class PreparedImages:

@@ -10,19 +10,17 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-
-def mse_loss(hr, sr):
-    """Equation 4, on the paper's range of -1 to 1."""
-    return tf.reduce_mean(tf.square((hr - sr) / 127.5))
-
-
 # VGG19's features are scaled before they are compared (section 3.2). The paper's factor, 1/12.75, is for block5_conv4
 # (its VGG54). Shallower layers have larger features, beside which the adversarial loss would vanish: their factors
 # bring the content loss of a pre-trained generator to the 0.07 that it has at block5_conv4.
 FEATURE_SCALES = {"block2_conv2": 1 / 510, "block3_conv4": 1 / 1600, "block5_conv4": 1 / 12.75}
-IMAGENET_MEAN = np.float32([103.939, 116.779, 123.68])  # of B, G and R
 VGG_URL = "https://storage.googleapis.com/tensorflow/keras-applications/vgg19/"
 VGG_URL += "vgg19_weights_tf_dim_ordering_tf_kernels_notop.h5"
+
+
+def mse_loss(hr, sr):
+    """Equation 4, on the paper's range of -1 to 1."""
+    return tf.reduce_mean(tf.square((hr - sr) / 127.5))
 
 
 def vgg_features(layer: str, weights=None) -> keras.Model:
@@ -40,7 +38,7 @@ def vgg_features(layer: str, weights=None) -> keras.Model:
         raise OSError(f"{what}: give --vgg_weights the file {VGG_URL}") from error
     vgg = keras.Model(vgg.input, vgg.get_layer(layer).output)
     rgb = keras.Input((None, None, 3))
-    bgr = keras.ops.flip(rgb, axis=-1) - IMAGENET_MEAN  # as Keras's preprocess_input
+    bgr = keras.ops.flip(rgb, axis=-1) - np.float32([103.939, 116.779, 123.68])  # as Keras's preprocess_input
     features = keras.layers.Rescaling(FEATURE_SCALES[layer], dtype="float32")(vgg(bgr))
     return keras.Model(rgb, features, name="vgg_features", trainable=False)
 
@@ -60,10 +58,6 @@ def discriminator_loss(logits_hr, logits_sr):
     return tf.reduce_mean(tf.nn.softplus(-logits_hr)) + tf.reduce_mean(tf.nn.softplus(logits_sr))
 
 
-# From RGB to brightness, their mean, and two chroma axes orthogonal to it, 0 for grey.
-BRIGHTNESS_CHROMA = np.array([[2, 2, 2], [6**0.5, -(6**0.5), 0], [2**0.5, 2**0.5, -2 * 2**0.5]], np.float32).T / 6
-
-
 def colour_loss(hr, sr):
     """Squared errors of chroma and of mean brightness, in the units of `mse_loss`.
 
@@ -71,7 +65,9 @@ def colour_loss(hr, sr):
     brightness of each 4x4 block, one pixel of LR, keeps images from turning darker; its mean over the patch at each of
     the 16 positions in a block keeps out a grid of 4 pixels.
     """
-    difference = tf.tensordot((hr - sr) / 127.5, BRIGHTNESS_CHROMA, 1)
+    # From RGB to brightness, their mean, and two chroma axes orthogonal to it, 0 for grey.
+    basis = np.array([[2, 2, 2], [6**0.5, -(6**0.5), 0], [2**0.5, 2**0.5, -2 * 2**0.5]], np.float32).T / 6
+    difference = tf.tensordot((hr - sr) / 127.5, basis, 1)
     brightness, chroma = difference[..., :1], difference[..., 1:]
     brightness = tf.nn.space_to_depth(brightness, 4)  # (batch, h, w, 16)
     blocks, positions = (tf.reduce_mean(tf.square(tf.reduce_mean(brightness, axes))) for axes in (3, (1, 2)))

@@ -17,6 +17,8 @@ from tqdm import tqdm
 
 SCALE = 4
 BLOCKS = 16  # the generator's residual blocks
+# How far a value reaches, in LR pixels: 4 + 32 + 1 in the trunk's convolutions, 1 + 1/2 + 1 in the tail's.
+TRUNK_HALO, TAIL_HALO = 4 + 2 * BLOCKS + 1, 3
 
 
 class BatchNormalization(layers.BatchNormalization):
@@ -145,10 +147,6 @@ def load_generator(path: Path, blend: float | None = None) -> keras.Model:
         load_weights(network, srresnet)
         network.set_weights([(1 - blend) * a + blend * b for a, b in zip(network.get_weights(), weights)])
     return network
-
-
-# How far a value reaches, in LR pixels: 4 + 32 + 1 in the trunk's convolutions, 1 + 1/2 + 1 in the tail's.
-TRUNK_HALO, TAIL_HALO = 4 + 2 * BLOCKS + 1, 3
 
 
 def tiled(function, image, scale: int, tile: int, halo: int) -> np.ndarray:

@@ -190,11 +190,7 @@ def update(network, optimizer, tape, loss):
 
 
 def fit(name, step_function, state, steps, seed, images, valid_images, args, vgg=None, before_step=lambda step: None):
-    """Train one phase from its newest checkpoint to the step `steps`. With --ema, the generator ends with the averages.
-
-    `step_function(lr, hr)` takes float32 batches and returns a dict of scalars. `state` is what a checkpoint holds, by
-    name: a batch follows from `seed` and its step. Raises as `train`, and UserError if a number is not finite.
-    """
+    """Train one phase from its newest checkpoint to step `steps`, to end with --ema's averages. Raises as `train`."""
     strategy, checkpoint = tf.distribute.get_strategy(), tf.train.Checkpoint(**state)
     folder = Path(args.run_dir) / "checkpoints" / name
     step = start = restore(checkpoint, folder)
@@ -204,11 +200,10 @@ def fit(name, step_function, state, steps, seed, images, valid_images, args, vgg
     batches = data.patches(images, args.BATCH_SIZE, first, last, seed, args.jpeg)
     batches = batches.batch(count).prefetch(1) if count > 1 else batches
     batches = strategy.experimental_distribute_dataset(batches)  # an equal share for each device
-    generator = state["generator"]
-    average, validate = make_validation(generator, state["optimizer"], images, valid_images, args, vgg)
+    average, validate = make_validation(state["generator"], state["optimizer"], images, valid_images, args, vgg)
     chief, logs = strategy.extended.should_checkpoint, f"{args.run_dir}/logs/{name}"
     writer = tf.summary.create_file_writer(logs) if chief else tf.summary.create_noop_writer()
-    status, saved = {}, time.monotonic()
+    intervals, status, saved = (LOG_EVERY, args.eval_every, args.save_every), {}, time.monotonic()
 
     def log(scalars, crops={}):  # to the progress bar and TensorBoard
         status.update({key.removesuffix(" Loss"): f"{value:.4g}" for key, value in scalars.items()})
@@ -221,15 +216,13 @@ def fit(name, step_function, state, steps, seed, images, valid_images, args, vgg
 
     if not start:
         log(*validate())
-    begin = "finished before, " if start >= steps else "continuing " if start else "compiling the training step"
-    print(f"{name}: {begin}{f'after step {start}' if start else ''}", flush=True)
+    print(f"{name}:", f"continuing after step {start} of {steps}" if start else "compiling the step", flush=True)
     bar = tqdm(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True, disable=None)
     with bar, catch_signals() as signals:
         for lrs, hrs in batches if start < steps else ():
             before, step = step, min(step // count * count + count, steps)
             before_step(before)
             scalars = run(lrs, hrs, tf.constant(before % count), tf.constant((step - 1) % count + 1))
-            intervals = LOG_EVERY, args.eval_every, args.save_every
             logging, validating, saving = (step == steps or step // n > before // n for n in intervals)
             if logging:
                 scalars = {key: float(value) for key, value in scalars.items()}  # waits for the device
@@ -253,7 +246,7 @@ def fit(name, step_function, state, steps, seed, images, valid_images, args, vgg
             if stopping:
                 bar.write(f"Interrupted and saved at step {step}: the same command continues")
                 sys.exit(128 + signals[0])
-    generator.set_weights(average())
+    state["generator"].set_weights(average())
     wait_for_workers(step)
 
 
@@ -286,8 +279,7 @@ def compiled(step):
 
 def check_finite(name, step, values):
     if not all(np.isfinite(value).all() for value in values):
-        hint = "earlier checkpoints are intact, try a lower learning rate or --precision float32"
-        raise data.UserError(f"{name}: a loss or a weight is not finite after step {step}: {hint}")
+        raise data.UserError(f"{name}: not finite after step {step}, not saved: try lower rates or --precision float32")
 
 
 @contextlib.contextmanager
@@ -308,14 +300,13 @@ def catch_signals():
 
 def restore(checkpoint, folder: Path) -> int:
     """Restore the newest intact checkpoint. Returns its step, 0 if there is none. Raises OSError if all are damaged."""
-    paths = [path.with_suffix("") for path in sorted(folder.glob("*.index"))]
-    for path in reversed(paths):
+    for path in sorted(folder.glob("*.index"), reverse=True):
         try:
-            checkpoint.read(str(path)).assert_consumed()
-            return int(path.name)
+            checkpoint.read(str(path.with_suffix(""))).assert_consumed()
+            return int(path.stem)
         except (tf.errors.OpError, AssertionError, OSError, ValueError, IndexError) as error:
             print(f"Warning: the checkpoint {path} is damaged ({type(error).__name__})", file=sys.stderr)
-    if paths:
+    if any(folder.glob("*.index")):
         raise OSError(f"all checkpoints in {folder} are damaged: remove them to begin this phase anew")
     return 0
 

@@ -26,8 +26,7 @@ def mse_loss(hr, sr):
 def vgg_features(layer: str, weights=None) -> keras.Model:
     """The map phi of equation 5: VGG19 up to `layer` (after its ReLU), frozen, from images to scaled features.
 
-    Those are `(batch, h / 2^k, w / 2^k, channels)` float32. `weights` is Keras's `notop` file; None: Keras downloads it
-    on first use. Raises OSError if the file can't be downloaded, is damaged or doesn't fit.
+    Those are `(batch, h / 2^k, w / 2^k, channels)` float32. `weights`: Keras's `notop` file, or None. Raises OSError.
     """
     try:
         with warnings.catch_warnings():

@@ -89,12 +89,10 @@ def generator() -> keras.Model:
 
 
 def start_as_interpolation(model: keras.Model) -> None:
-    """Let channels 0 to 2 carry the image from end to end; the residual branches already end in a gamma of 0.
-
-    The up-convolutions hold the taps of a quadratic interpolation at -1/4 and +1/4 of a pixel, one phase for each
-    output of the pixel shuffle. Training then starts at bicubic's PSNR and not 20 dB below it.
-    """
-    rgb, taps = np.arange(3), np.array([0.15625, 0.9375, -0.09375])  # of the value 1/4 pixel before the centre
+    """Let channels 0 to 2 carry the image from end to end: training starts at bicubic's PSNR, not 20 dB below it."""
+    # The residual branches end in a gamma of 0. The up-convolutions get the taps of a quadratic interpolation at -1/4
+    # and, mirrored, +1/4 of a pixel, one phase for each output of the pixel shuffle.
+    rgb, taps = np.arange(3), np.array([0.15625, 0.9375, -0.09375])
     weights = {weight.path: weight.numpy() for weight in model.weights}
     weights["head_conv/kernel"][..., rgb] = 0
     weights["head_conv/kernel"][4, 4, rgb, rgb] = 1
@@ -150,11 +148,7 @@ def load_generator(path: Path, blend: float | None = None) -> keras.Model:
 
 
 def tiled(function, image, scale: int, tile: int, halo: int) -> np.ndarray:
-    """Apply `function`, which makes images `scale` times larger, to `image`, `(h, w, channels)`, in square tiles.
-
-    A tile gets `halo` more pixels on each side that isn't an edge of the image. If no value of the result depends on
-    pixels farther away, all are as if computed in one piece.
-    """
+    """Enlarge `(h, w, channels)` in tiles, each with `halo` more pixels around: exact if `function` sees no farther."""
     height, width, result = *image.shape[:2], None
     for top in range(0, height, tile):
         rows, lefts = image[max(top - halo, 0) : top + tile + halo], range(0, width, tile)
@@ -171,13 +165,11 @@ def tiled(function, image, scale: int, tile: int, halo: int) -> np.ndarray:
 def make_upscaler(network: keras.Model, ensemble: bool = False, tiles: tuple[int, int] | None = None):
     """Make `upscale(lr)`: `(h, w, 3)` or `(h, w, 1)`, uint8 or uint16, to `(4h, 4w, same)` of the same type, in tiles.
 
-    The trunk needs 37 pixels of context and little memory, the tail 3 pixels and some 13 kB per pixel. So the trunk
-    gets large tiles, and the tail smaller ones of its features: `tiles`, in LR pixels. On a GPU, larger are faster.
-    An image whose three channels are equal stays grey. `ensemble` averages over the eight flips and rotations of each
-    tile. Shows a progress bar after 3 seconds. Raises MemoryError.
+    The trunk needs 37 pixels of context and little memory, the tail 3 and some 13 kB per pixel. So the trunk gets large
+    `tiles`, and the tail smaller ones of its features, in LR pixels. An image whose three channels are equal stays
+    grey. `ensemble` averages over the eight flips and rotations of each tile. Raises MemoryError.
     """
-    gpu = bool(tf.config.list_physical_devices("GPU"))
-    trunk_tile, tail_tile = tiles or ((1024, 384) if gpu else (768, 128))
+    trunk_tile, tail_tile = tiles or ((1024, 384) if tf.config.list_physical_devices("GPU") else (768, 128))
 
     def compiled(start, end):
         part, spec = keras.Model(start, end), tf.TensorSpec((None, None, start.shape[-1]), start.dtype)
@@ -221,8 +213,7 @@ def make_upscaler(network: keras.Model, ensemble: bool = False, tiles: tuple[int
 def export(network: keras.Model, path: Path) -> None:
     """Write the generator as LiteRT (`.tflite`), ONNX (`.onnx`, with tf2onnx), or else as a SavedModel folder.
 
-    It takes `(1, height, width, 3)` float32 RGB, 0 to 255, of any size, and returns `(1, 4 * height, 4 * width, 3)`,
-    clipped to 0 to 255. Raises OSError.
+    From `(1, height, width, 3)` float32 RGB, 0 to 255, to `(1, 4 * height, 4 * width, 3)`, clipped. Raises OSError.
     """
     form = {".tflite": "litert", ".onnx": "onnx"}.get(path.suffix, "tf_saved_model")
     signature = [tf.TensorSpec((1, None, None, 3), tf.float32, name="lr")]

@@ -30,7 +30,6 @@ SUFFIXES |= {".avif": "AVIF"} if "avif" in features.modules and features.check("
 LONGEST_SIDE = {"JPEG": 65_500, "WEBP": 16_383, "AVIF": 32_768}  # libjpeg's is a little less than JPEG's own
 # EXIF that still holds when upscaled: description, camera, resolution, software, date, artist, copyright, exposure, GPS
 EXIF_TAGS = {270, 271, 272, 282, 283, 296, 305, 306, 315, 33432, EXIF_DETAILS := 0x8769, 0x8825}
-EXIF_OUTDATED, EXIF_ORIENTATION = (0xA002, 0xA003, 0xA005), 0x0112
 ORIENTATIONS = {2: (0, -1), 3: (2, 1), 4: (2, -1), 5: (3, -1), 6: (3, 1), 7: (1, -1), 8: (1, 1)}  # np.rot90, mirror
 PLAINLY = {"MAX_TEXT": "its texts and colour profile are over 64 MB"}  # for what Pillow says of files that are valid
 PLAINLY["unknown pixel mode"] = "its pixels are of a rare kind, such as 12 bits or float: save it as 8- or 16-bit PNG"
@@ -86,11 +85,7 @@ def open_image(path: str | Path):
 
 
 def read_image(path: str | Path) -> tuple[np.ndarray, np.ndarray | None, dict]:
-    """Read any image, the first of several, upright: pixels, alpha and metadata. Raises OSError of one line.
-
-    Pixels are `(h, w, 3)` RGB or `(h, w, 1)` grey, uint8 or, except of colour TIFF, uint16. Alpha is `(h, w)` of the
-    same type, or None. Metadata are what of exif, icc_profile, dpi and lossless holds for Pillow's `save`.
-    """
+    """Read an image upright: `(h, w, 1 or 3)` uint8 or uint16, alpha `(h, w)` or None, metadata. Raises OSError."""
     with open_image(path) as (content, image):
         image.load()
         exif = image.getexif()  # Pillow turns a TIFF upright by itself, and removes the orientation here
@@ -114,7 +109,7 @@ def read_image(path: str | Path) -> tuple[np.ndarray, np.ndarray | None, dict]:
             kind = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
             image = image if deep else image.convert(kind + "A" * image.has_transparency_data)
             pixels = np.asarray(image, np.uint16 if deep else np.uint8)
-    turns, step = ORIENTATIONS.get(exif.get(EXIF_ORIENTATION), (0, 1))
+    turns, step = ORIENTATIONS.get(exif.get(0x0112), (0, 1))
     pixels = np.atleast_3d(np.rot90(pixels, turns)[:, ::step])
     colours = 1 if pixels.shape[2] < 3 else 3
     if icc and icc[16:20] == (b"GRAY" if colours == 1 else b"RGB "):  # that of CMYK has been used
@@ -122,7 +117,7 @@ def read_image(path: str | Path) -> tuple[np.ndarray, np.ndarray | None, dict]:
     if dpi and all(1 <= number < 2**16 for number in dpi):
         metadata["dpi"] = tuple(map(float, dpi))
     with contextlib.suppress(Exception):  # damaged EXIF
-        for tag in EXIF_OUTDATED:
+        for tag in (0xA002, 0xA003, 0xA005):  # width, height, interoperability
             exif.get_ifd(EXIF_DETAILS).pop(tag, None)
         for tag in exif.keys() - EXIF_TAGS:
             del exif[tag]

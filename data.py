@@ -309,7 +309,7 @@ def download(url, path, size):  # or what is missing of it
             if path.stat().st_size < size:
                 raise OSError("the connection ended early")
         except (OSError, http.client.HTTPException) as error:
-            raise OSError(f"can't download {url} ({error}): run it again to continue, or use --data_dir") from error
+            raise OSError(f"can't download {url} ({error}): run the command again, or use --data_dir") from error
 
 
 @contextlib.contextmanager

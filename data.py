@@ -31,8 +31,10 @@ LONGEST_SIDE = {"JPEG": 65_500, "WEBP": 16_383, "AVIF": 32_768}  # libjpeg's is 
 # EXIF that still holds when upscaled: description, camera, resolution, software, date, artist, copyright, exposure, GPS
 EXIF_TAGS = {270, 271, 272, 282, 283, 296, 305, 306, 315, 33432, EXIF_DETAILS := 0x8769, 0x8825}
 ORIENTATIONS = {2: (0, -1), 3: (2, 1), 4: (2, -1), 5: (3, -1), 6: (3, 1), 7: (1, -1), 8: (1, 1)}  # np.rot90, mirror
-PLAINLY = {"MAX_TEXT": "its texts and colour profile are over 64 MB"}  # for what Pillow says of files that are valid
-PLAINLY["unknown pixel mode"] = "its pixels are of a rare kind, such as 12 bits or float: save it as 8- or 16-bit PNG"
+PLAINLY = {  # what Pillow says of files that are valid, and what a user should read
+    "MAX_TEXT": "its texts and colour profile are over 64 MB",
+    "unknown pixel mode": "its pixels are of a rare kind, such as 12 bits or float: save it as a PNG of 8 or 16 bits",
+}
 # DIV2K's HR archives, their bytes and sha256. The LR are made by `degrade`.
 DIV2K_URL = "https://data.vision.ee.ethz.ch/cvl/DIV2K/"
 DIV2K = {
@@ -85,7 +87,10 @@ def open_image(path: str | Path):
 
 
 def read_image(path: str | Path) -> tuple[np.ndarray, np.ndarray | None, dict]:
-    """Read an image upright: `(h, w, 1 or 3)` uint8 or uint16, alpha `(h, w)` or None, metadata. Raises OSError."""
+    """Read an image, the first of several, upright: pixels, alpha or None, and metadata. Raises OSError, in one line.
+
+    Pixels are `(h, w, 3)` RGB or `(h, w, 1)` grey, uint8 or, except from colour TIFF, uint16; alpha is `(h, w)`.
+    """
     with open_image(path) as (content, image):
         image.load()
         exif = image.getexif()  # Pillow turns a TIFF upright by itself, and removes the orientation here
@@ -243,8 +248,7 @@ def scoring_pairs(folder: str | Path) -> list[tuple[str, Path, Path | None]]:
     folders have its name before that. The LR of X.png or X_HR.png is X.png, Xx4.png, X_x4.png or X_LR.png.
     """
     prefix = max((path.name.removesuffix("HR") for path in Path(folder).glob("DIV2K_*_HR")), default="")
-    names = ("HR", "LR_x4", "LR", "LR_bicubic/X4", "LR_bicubic")
-    hr_folder, *lr_folders = (Path(folder) / f"{prefix}{name}" for name in names)
+    hr_folder, *lr_folders = (Path(folder) / f"{prefix}{x}" for x in "HR LR_x4 LR LR_bicubic/X4 LR_bicubic".split())
     hr_paths = list_images(hr_folder if hr_folder.is_dir() else folder, *lr_folders)
     lr_folder = next(filter(Path.is_dir, lr_folders), None)
     lr_paths = {path.stem: path for path in (list_images(lr_folder) if lr_folder else hr_paths)}
@@ -428,11 +432,11 @@ def patches(images: PreparedImages, batch_size: int, first_step: int, last_step:
         return square.T if way & 4 else square
 
     turns = np.stack([turn(positions[:LR_PATCH, :LR_PATCH], way).ravel() for way in range(8)])
+    order = functools.lru_cache(2)(lambda epoch: np.random.default_rng([seed, 0, epoch]).permutation(visits))
 
     def cut(step):
-        epochs, places = divmod(np.arange(batch_size) + (step - 1) * batch_size, len(visits))
-        orders = {epoch: np.random.default_rng([seed, 0, epoch]).permutation(visits) for epoch in set(epochs)}
-        chosen = np.array([orders[epoch][place] for epoch, place in zip(epochs, places)])
+        numbers = np.arange(batch_size) + (step - 1) * batch_size
+        chosen = np.array([order(epoch)[visit] for epoch, visit in zip(*divmod(numbers, len(visits)))])
         rng = np.random.default_rng([seed, 1, step])
         tops, lefts = rng.integers(0, images.sizes[chosen].T - LR_PATCH, endpoint=True)
         ways = rng.integers(0, 8, batch_size)

@@ -67,8 +67,7 @@ def colour_loss(hr, sr):
     # From RGB to brightness, their mean, and two chroma axes orthogonal to it, 0 for grey.
     basis = np.array([[2, 2, 2], [6**0.5, -(6**0.5), 0], [2**0.5, 2**0.5, -2 * 2**0.5]], np.float32).T / 6
     difference = tf.tensordot((hr - sr) / 127.5, basis, 1)
-    brightness, chroma = difference[..., :1], difference[..., 1:]
-    brightness = tf.nn.space_to_depth(brightness, 4)  # (batch, h, w, 16)
+    brightness, chroma = tf.nn.space_to_depth(difference[..., :1], 4), difference[..., 1:]  # 16 and 2 channels
     blocks, positions = (tf.reduce_mean(tf.square(tf.reduce_mean(brightness, axes))) for axes in (3, (1, 2)))
     return blocks + 10 * (tf.reduce_mean(tf.square(chroma)) + positions)
 

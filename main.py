@@ -123,8 +123,6 @@ def upscale(args):
     if args.skip_existing:
         todo = [(a, b) for a, b in jobs if not (b.exists() and b.stat().st_mtime > a.stat().st_mtime)]
         print(f"{len(jobs) - len(todo)} of {len(jobs)} images skipped: their results are newer")
-        if not todo:
-            return
     print(f"Running on {start_tensorflow(args.precision)}", flush=True)
     import model
 

@@ -148,7 +148,7 @@ def load_generator(path: Path, blend: float | None = None) -> keras.Model:
 
 
 def tiled(function, image, scale: int, tile: int, halo: int) -> np.ndarray:
-    """Enlarge `(h, w, channels)` in tiles, each with `halo` more pixels around: exact if `function` sees no farther."""
+    """Enlarge `(h, w, channels)` by `function` in tiles with `halo` more pixels around: exact if it sees no farther."""
     height, width, result = *image.shape[:2], None
     for top in range(0, height, tile):
         rows, lefts = image[max(top - halo, 0) : top + tile + halo], range(0, width, tile)
@@ -189,15 +189,13 @@ def make_upscaler(network: keras.Model, ensemble: bool = False, tiles: tuple[int
             return tf.cast(tf.round(tf.clip_by_value(sr, 0, 255) * (maximum / 255)), lr.dtype)
 
         def run_tile(x):
-            bar.update()
             x = np.broadcast_to(np.float32(x) * np.float32(255 / maximum), (*x.shape[:2], 3))
-            if not ensemble:
-                return run(x, to_pixels)
-            total = 0
-            for mirror, turns in itertools.product((1, -1), range(4)):
+            sr = 0 if ensemble else run(x, to_pixels)
+            for mirror, turns in itertools.product((1, -1), range(4)) if ensemble else ():
                 turned = run(np.rot90(x[:, ::mirror], turns), lambda sr: sr)
-                total = total + np.rot90(turned, -turns)[:, ::mirror]
-            return to_pixels(total / 8)
+                sr = sr + np.rot90(turned, -turns)[:, ::mirror]
+            bar.update()
+            return to_pixels(sr / 8) if ensemble else sr
 
         count = int(np.prod(np.ceil(np.divide(lr.shape[:2], trunk_tile))))
         try:

@@ -59,8 +59,7 @@ def train(args):
                 write(srgan, generator.save_weights)
             print(f"To upscale: python3 main.py --pretrained --weights {srgan if vgg else srresnet}")
     except tf.errors.ResourceExhaustedError as error:
-        hint = f"out of memory (try a --BATCH_SIZE below {args.BATCH_SIZE}), or the disk is full"
-        raise data.UserError(f"{hint}: {str(error).splitlines()[0]}") from error
+        raise data.UserError(f"out of memory (lower --BATCH_SIZE) or disk: {str(error).splitlines()[0]}") from error
     except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError) as error:
         raise data.UserError("another worker is gone: start the same command on each again, to continue") from error
 
@@ -91,9 +90,8 @@ def make_strategy() -> tf.distribute.Strategy:
     return tf.distribute.MirroredStrategy() if several else tf.distribute.get_strategy()
 
 
-def wait_for_workers(step: int):
+def wait_for_workers(strategy, step: int):
     """Wait until all workers are here. Raises UserError if they are not at the same step."""
-    strategy = tf.distribute.get_strategy()
     total = tf.function(lambda: strategy.reduce("SUM", strategy.run(tf.constant, (step,)), axis=None), autograph=False)
     if int(total()) != step * strategy.num_replicas_in_sync:
         raise data.UserError("the workers see different checkpoints: --run_dir must be a folder that all of them share")
@@ -190,11 +188,14 @@ def update(network, optimizer, tape, loss):
 
 
 def fit(name, step_function, state, steps, seed, images, valid_images, args, vgg=None, before_step=lambda step: None):
-    """Train one phase from its newest checkpoint to step `steps`, to end with --ema's averages. Raises as `train`."""
+    """Train one phase from its newest checkpoint to the step `steps`; with --ema, the generator ends with the averages.
+
+    `step_function(lr, hr)` takes float32 batches and returns a dict of scalars; `state` is what a checkpoint holds.
+    """
     strategy, checkpoint = tf.distribute.get_strategy(), tf.train.Checkpoint(**state)
     folder = Path(args.run_dir) / "checkpoints" / name
     step = start = restore(checkpoint, folder)
-    wait_for_workers(start)
+    wait_for_workers(strategy, start)
     run, count = compiled(step_function)
     first, last = start // count * count, -(-steps // count) * count  # calls begin at multiples of `count`
     batches = data.patches(images, args.BATCH_SIZE, first, last, seed, args.jpeg)
@@ -247,7 +248,7 @@ def fit(name, step_function, state, steps, seed, images, valid_images, args, vgg
                 bar.write(f"Interrupted and saved at step {step}: the same command continues")
                 sys.exit(128 + signals[0])
     state["generator"].set_weights(average())
-    wait_for_workers(step)
+    wait_for_workers(strategy, step)
 
 
 def compiled(step):

@@ -40,7 +40,7 @@ def jpeg_qualities(text):
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line. Exits with code 2 if a flag is wrong, or doesn't go with the mode."""
-    parser = argparse.ArgumentParser(description="Train SRGAN, or upscale images fourfold with it.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Train SRGAN, or upscale images 4x with it.", allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"main.py: {message}\n")  # one line, without the usage
     steps, interval = partial(number, int, 0, 9_999_999), partial(number, int, 1, 9_999_999)
     rate, share, weight = (partial(number, float, *limits) for limits in ((1e-12, 1), (0, 1), (0, 1e6)))
@@ -78,7 +78,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--colour", weight, "W", 0.0, "weight of the colour loss")
     add("--artifact", weight, "W", 0.0, "weight of the artifact loss")
     add("--finish", steps, "N", 0, "after --STEPS, N more with a new discriminator every 300, then the mean of both")
-    add("--lr_decay", ("paper", "cosine", "none"), None, "paper", "paper: a tenth in the GAN's last half; cosine: to 0")
+    add("--lr_decay", ("paper", "cosine", "none"), None, "paper", "paper: a tenth in the GAN's 2nd half; cosine: to 0")
     add("--precision", ("float32", "bfloat16"), None, "float32", "number format to train or upscale in")
     add("--ema", partial(number, float, 0, 0.99999), "DECAY", 0.0, "average the generator's weights over steps; 0: off")
     add("--jpeg", jpeg_qualities, "LOW-HIGH", None, "compress half of the LR patches as JPEG, with these qualities")

@@ -166,8 +166,8 @@ def make_upscaler(network: keras.Model, ensemble: bool = False, tiles: tuple[int
     """Make `upscale(lr)`: `(h, w, 3)` or `(h, w, 1)`, uint8 or uint16, to `(4h, 4w, same)` of the same type, in tiles.
 
     The trunk needs 37 pixels of context and little memory, the tail 3 and some 13 kB per pixel. So the trunk gets large
-    `tiles`, and the tail smaller ones of its features, in LR pixels. An image whose three channels are equal stays
-    grey. `ensemble` averages over the eight flips and rotations of each tile. Raises MemoryError.
+    tiles, and the tail smaller ones of its features: `tiles` has their sides, in LR pixels. An image whose channels are
+    equal stays grey. `ensemble` averages over the eight flips and rotations of each tile. Raises MemoryError.
     """
     trunk_tile, tail_tile = tiles or ((1024, 384) if tf.config.list_physical_devices("GPU") else (768, 128))
 

@@ -210,6 +210,7 @@ def start_tensorflow(precision="float32") -> str:
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)
+    tf.get_logger().setLevel("ERROR")  # it warns that each phase compiles its own functions
     keras.config.set_image_data_format("channels_last")
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy("mixed_bfloat16" if precision == "bfloat16" else "float32")
@@ -221,8 +222,7 @@ def start_tensorflow(precision="float32") -> str:
             tf.config.threading.set_inter_op_parallelism_threads(1)
     if not gpus and Path("/proc/driver/nvidia/version").exists():
         report("TensorFlow doesn't see the NVIDIA GPU: pip install 'tensorflow[and-cuda]'", "Warning")
-    names = [tf.config.experimental.get_device_details(gpu).get("device_name", gpu.name) for gpu in gpus]
-    return ", ".join(names) or "CPU"
+    return ", ".join(tf.config.experimental.get_device_details(gpu).get("device_name", "GPU") for gpu in gpus) or "CPU"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -217,7 +217,7 @@ def fit(name, step_function, state, steps, seed, images, valid_images, args, vgg
 
     if not start:
         log(*validate())
-    print(f"{name}:", f"continuing after step {start} of {steps}" if start else "compiling the step", flush=True)
+    print(f"{name}:", f"{start} of {steps} steps are done" if start else "compiling the step", flush=True)
     bar = tqdm(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True, disable=None)
     with bar, catch_signals() as signals:
         for lrs, hrs in batches if start < steps else ():

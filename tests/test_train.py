@@ -328,7 +328,7 @@ def test_a_damaged_checkpoint_is_passed_over(finished, whole, photos, capsys, da
     (finished / WEIGHTS[1]).unlink()
     assert run(*training(photos, finished)) == 0 and same_files(finished, whole[0])
     printed = capsys.readouterr()
-    assert "gan/0000034" in printed.err and "gan: continuing after step 32" in printed.out
+    assert "gan/0000034" in printed.err and "gan: 32 of 34 steps are done" in printed.out
 
 
 def test_what_stops_a_run_is_one_line(finished, photos, tmp_path, monkeypatch, capsys):
@@ -375,7 +375,7 @@ def kill(process, run_dir, phase, delay=0):
 def test_a_run_that_is_killed_ends_like_one_that_is_not(start, whole, tmp_path):
     killed = tmp_path / "killed"
     kill(start(killed), killed, "gan")
-    assert "gan: continuing after step" in finish(start(killed))
+    assert "of 34 steps are done" in finish(start(killed))
     assert same_files(killed, whole[0]) and curves(killed) == curves(whole[0])
 
 
@@ -412,5 +412,5 @@ def test_a_worker_that_dies_ends_the_others_and_the_run_can_go_on(start, whole, 
     saved = newest(two, "gan")
     assert 0 < saved < 34
     for worker in start_workers(start, two):
-        assert f"gan: continuing after step {saved}" in finish(worker)
+        assert f"gan: {saved} of 34 steps are done" in finish(worker)
     assert_nearly_same(two, whole[0])

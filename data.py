@@ -122,6 +122,7 @@ def read_image(path: str | Path) -> tuple[np.ndarray, np.ndarray | None, dict]:
     if dpi and all(1 <= number < 2**16 for number in dpi):
         metadata["dpi"] = tuple(map(float, dpi))
     with contextlib.suppress(Exception):  # damaged EXIF
+        exif.bigtiff = False  # whose form is for its own files only
         for tag in (0xA002, 0xA003, 0xA005):  # width, height, interoperability
             exif.get_ifd(EXIF_DETAILS).pop(tag, None)
         for tag in exif.keys() - EXIF_TAGS:
@@ -166,7 +167,7 @@ def check_output(path: str | Path, width: int, height: int):
 
 
 def find_jobs(source: str, output: str) -> list[tuple[Path, Path]]:
-    """The images to read, each with the file to write. Makes its folder. Raises OSError if one can't be written."""
+    """The images to read, each with the file to write, whose folder it makes. Raises OSError if that isn't possible."""
     source, target = Path(source), Path(output)
     if not source.is_dir():
         jobs = [(source, target / source.name if output.endswith("/") or target.is_dir() else target)]
@@ -262,7 +263,7 @@ def scoring_pairs(folder: str | Path) -> list[tuple[str, Path, Path | None]]:
     alone = [path for _, path, lr in pairs if lr is None]
     alone += [path for path in lr_paths.values() if lr_folder and path not in used]
     if alone and (lr_folder or len(alone) < len(pairs) or any(path.stem.endswith("_LR") for path in alone)):
-        raise UserError(f"{alone[-1]} has no partner: each HR image needs an LR image of its name, or none has one")
+        raise UserError(f"{alone[-1]} has no partner: HR and LR images go by name, and all have one, or none has")
     return pairs
 
 

@@ -51,8 +51,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         (to or group).add_argument(flag, **kind, metavar=metavar, default=default, help=help)
 
     group = parser.add_argument_group("main flags")
-    add("--STEPS", steps, "N", 2000, "GAN training steps; 0: only pre-train")
-    add("--PREGENSTEPS", steps, "N", 2000, "generator pre-training steps; 0: only the GAN")
+    add("--STEPS", steps, "N", 2000, "GAN training steps; 0: none")
+    add("--PREGENSTEPS", steps, "N", 2000, "generator pre-training steps; 0: none")
     add("--BATCH_SIZE", partial(number, int, 1, 10**6), "N", 128, "patches per step, over all devices")
     add("--lr_pre_gen", rate, "RATE", 1e-4, "learning rate of the pre-training")
     add("--lr_gen", rate, "RATE", 1e-4, "learning rate of the GAN, of both networks")
@@ -77,7 +77,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--adversarial", weight, "W", 1e-3, "weight of the adversarial loss, beside the content loss")
     add("--colour", weight, "W", 0.0, "weight of the colour loss")
     add("--artifact", weight, "W", 0.0, "weight of the artifact loss")
-    add("--finish", steps, "N", 0, "after --STEPS, N more with a new discriminator every 300, then the mean of both")
+    add("--finish", steps, "N", 0, "N more, with a new discriminator every 300; then the mean of before and after")
     add("--lr_decay", ("paper", "cosine", "none"), None, "paper", "paper: a tenth in the GAN's 2nd half; cosine: to 0")
     add("--precision", ("float32", "bfloat16"), None, "float32", "number format to train or upscale in")
     add("--ema", partial(number, float, 0, 0.99999), "DECAY", 0.0, "average the generator's weights over steps; 0: off")
@@ -172,8 +172,9 @@ def export(args):
     import data
     import model
 
+    network = model.load_generator(args.weights, args.blend)
     with data.atomic_write(target) as temporary:
-        model.export(model.load_generator(args.weights, args.blend), temporary)
+        model.export(network, temporary)
     print(f"exported to {target}")
 
 

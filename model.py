@@ -156,8 +156,7 @@ def tiled(function, image, scale: int, tile: int, halo: int) -> np.ndarray:
         parts = [function(rows[:, max(left - halo, 0) : left + tile + halo]) for left in lefts]
         for left, part in zip(lefts, parts):
             part = np.asarray(part[scale * min(top, halo) :, scale * min(left, halo) :][: scale * tile, : scale * tile])
-            if result is None:
-                result = np.empty((scale * height, scale * width, part.shape[-1]), part.dtype)
+            result = np.empty((scale * height, scale * width, part.shape[-1]), part.dtype) if result is None else result
             result[scale * top : scale * (top + tile), scale * left : scale * (left + tile)] = part
     return result
 

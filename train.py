@@ -20,11 +20,10 @@ import model
 
 LOG_EVERY = 10  # steps between TensorBoard's points, and of one call on a GPU: reading a loss waits for the device
 LOOP = False  # several steps in one call, on a CPU, too
-KEEP = 2  # newest checkpoints of a phase
-SAVE_AFTER = 300  # at most this many seconds between checkpoints, however long --save_every steps take
+KEEP, SAVE_AFTER = 2, 300  # newest checkpoints of a phase; seconds between them at most
 RENEW = 300  # steps of the finish with each new discriminator: after these, it has all but won
 VALID_IMAGES, VALID_SIZE = 10, 96  # validation: the middle 96x96 LR pixels of the first ten images
-# Options that can't change when a run is resumed; the last ones only once the GAN has begun, and STEPS its finish.
+# What can't change when a run is resumed: KEPT; KEPT_BY_GAN, once the GAN has begun; STEPS, once its finish has.
 KEPT = ("BATCH_SIZE", "images", "weights", "precision", "ema", "jpeg", "seed")
 KEPT_BY_GAN = ("PREGENSTEPS", "vgg_layer", "adversarial", "colour", "artifact")
 

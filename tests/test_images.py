@@ -70,7 +70,7 @@ KINDS = {
     "webp": (saved(RGB, "WEBP", lossless=True), RGB),
     "profile.webp": (saved(RGB, "WEBP", lossless=True, icc_profile=SRGB), RGB),
     "bmp": (saved(RGB, "BMP"), RGB),
-    "tif": (saved(RGB, "TIFF", compression="tiff_lzw"), RGB),
+    "tif": (saved(RGB, "TIFF", compression="tiff_lzw", big_tiff=True, dpi=(72, 72)), RGB),
     "cmyk.tif": (saved(RGB, "TIFF", "CMYK"), RGB),
     "16 bit grey.tif": (saved(RGB_16[..., 0], "TIFF"), RGB_16[..., 0]),
     "no next page.tif": (PAGE, RGB),

@@ -32,9 +32,9 @@ def number(kind, low, high, text):
 
 def jpeg_qualities(text):
     """An argparse type: a range of JPEG qualities, as `LOW-HIGH`, or one quality."""
-    qualities = [number(int, 1, 100, part) for part in text.split("-")]
-    if len(qualities) > 2 or qualities != sorted(qualities):
-        raise argparse.ArgumentTypeError(f"must be two qualities from 1 to 100, as in 70-95, not {text}")
+    qualities = [int(part) if part.isdecimal() else 0 for part in text.split("-")]
+    if len(qualities) > 2 or not 1 <= qualities[0] <= qualities[-1] <= 100:
+        raise argparse.ArgumentTypeError(f"must be one or two qualities from 1 to 100, as in 70-95, not {text}")
     return f"{qualities[0]}-{qualities[-1]}"
 
 

@@ -244,7 +244,7 @@ def fit(name, step_function, state, steps, seed, images, valid_images, args, vgg
                             file.unlink()
                 saved = time.monotonic()
             if stopping:
-                bar.write(f"Interrupted and saved at step {step}: the same command continues")
+                bar.write(f"Interrupted{' and saved' * chief} at step {step}: the same command continues")
                 sys.exit(128 + signals[0])
     state["generator"].set_weights(average())
     wait_for_workers(strategy, step)

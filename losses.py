@@ -10,9 +10,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-# VGG19's features are scaled before they are compared (section 3.2). The paper's factor, 1/12.75, is for block5_conv4
-# (its VGG54). Shallower layers have larger features, beside which the adversarial loss would vanish: their factors
-# bring the content loss of a pre-trained generator to the 0.07 that it has at block5_conv4.
+# VGG19's features are scaled before they are compared (section 3.2). The paper's factor, 1/12.75, is for block5_conv4,
+# its VGG54. Others bring the content loss of a pre-trained generator to its 0.07, too.
 FEATURE_SCALES = {"block2_conv2": 1 / 510, "block3_conv4": 1 / 1600, "block5_conv4": 1 / 12.75}
 VGG_URL = "https://storage.googleapis.com/tensorflow/keras-applications/vgg19/"
 VGG_URL += "vgg19_weights_tf_dim_ordering_tf_kernels_notop.h5"
@@ -57,6 +56,11 @@ def discriminator_loss(logits_hr, logits_sr):
     return tf.reduce_mean(tf.nn.softplus(-logits_hr)) + tf.reduce_mean(tf.nn.softplus(logits_sr))
 
 
+def gradient_penalty(gradients):
+    """R1 of Mescheder et al. 2018 (arXiv:1801.04406): squared norms of the gradients of logits at originals."""
+    return tf.reduce_mean(tf.reduce_sum(tf.square(gradients * 127.5), (1, 2, 3)))  # for images from -1 to 1
+
+
 def colour_loss(hr, sr):
     """Squared errors of chroma and of mean brightness, in the units of `mse_loss`.
 
@@ -72,12 +76,23 @@ def colour_loss(hr, sr):
     return blocks + 10 * (tf.reduce_mean(tf.square(chroma)) + positions)
 
 
+def mesh_loss(sr):
+    """How unevenly the squared steps between neighbours lie over the 4 positions in a block, as in no photograph.
+
+    Not in the paper: pixel shuffles can leave a mesh on skin or water that the other losses hardly see.
+    """
+    rows = tf.reduce_mean(sr, 3)
+    steps = [tf.square(image[..., 1:-3] - image[..., :-4]) for image in (rows, tf.transpose(rows, (0, 2, 1)))]
+    sizes = tf.reduce_mean(tf.reshape(steps, (2, -1, 4)), 1) + 0.1  # so that flat patches have none
+    return 2 * tf.reduce_mean(tf.square(sizes / tf.reduce_mean(sizes, 1, keepdims=True) - 1))
+
+
 def artifact_loss(hr, sr):
     """Errors that look like artifacts, weighted as by Liang et al. 2022, "Details or Artifacts" (arXiv:2203.09195).
 
-    Not in the SRGAN paper. Invented texture is off by a little everywhere; specks and false edges are off by a lot in a
-    few pixels. So the error of a pixel, summed over RGB from 0 to 1, is weighted by the variance of the errors in the
-    7x7 pixels around it and by the fifth root of their variance in the patch. No gradient flows through the weight.
+    Not in the SRGAN paper. Specks and false edges, unlike texture, are off by a lot in a few pixels. So the error of a
+    pixel, summed over RGB from 0 to 1, is weighted by the variance of the errors in the 7x7 pixels around it and by the
+    fifth root of their variance in the patch. No gradient flows through the weight.
     """
     error = tf.reduce_sum(tf.abs(hr - sr), -1, keepdims=True) / 255
     around = tf.pad(error, [[0, 0], [3, 3], [3, 3], [0, 0]], "REFLECT")

@@ -17,8 +17,9 @@ from pathlib import Path
 WEIGHTS = Path(__file__).resolve().parent / "weights" / "srgan.weights.h5"
 # The flags of `--recipe release`, with which the weights in weights/ were trained. Flags given beside it win.
 RELEASE = (
-    "--PREGENSTEPS 36000 --STEPS 24000 --finish 900 --BATCH_SIZE 32 --lr_pre_gen 1e-3 --lr_gen 2e-4 --lr_decay cosine "
-    "--vgg_layer block3_conv4 --adversarial 3e-3 --colour 10 --artifact 32 --jpeg 60-95 --ema 0.999"
+    "--PREGENSTEPS 34000 --STEPS 4000 --finish 2 --BATCH_SIZE 64 --lr_pre_gen 6e-4 --lr_gen 1e-4 --lr_decay cosine "
+    "--vgg_layer block3_conv4 --adversarial 1e-2 --colour 10 --artifact 32 --mesh 0.5 --penalty 0.03 --jpeg 60-95 "
+    "--ema 0.999"
 )
 
 
@@ -77,7 +78,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--adversarial", weight, "W", 1e-3, "weight of the adversarial loss, beside the content loss")
     add("--colour", weight, "W", 0.0, "weight of the colour loss")
     add("--artifact", weight, "W", 0.0, "weight of the artifact loss")
-    add("--finish", steps, "N", 0, "N more, with a new discriminator every 300; then the mean of before and after")
+    add("--mesh", weight, "W", 0.0, "weight of the mesh loss")
+    add("--penalty", weight, "W", 0.0, "weight of the gradient penalty in the discriminator's loss")
+    add("--finish", partial(number, int, 0, 99), "N", 0, "N rounds of 300 steps, each with a new discriminator")
     add("--lr_decay", ("paper", "cosine", "none"), None, "paper", "paper: a tenth in the GAN's 2nd half; cosine: to 0")
     add("--precision", ("float32", "bfloat16"), None, "float32", "number format to train or upscale in")
     add("--ema", partial(number, float, 0, 0.99999), "DECAY", 0.0, "average the generator's weights over steps; 0: off")

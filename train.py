@@ -21,11 +21,11 @@ import model
 LOG_EVERY = 10  # steps between TensorBoard's points, and of one call on a GPU: reading a loss waits for the device
 LOOP = False  # several steps in one call, on a CPU, too
 KEEP, SAVE_AFTER = 2, 300  # newest checkpoints of a phase; seconds between them at most
-RENEW = 300  # steps of the finish with each new discriminator: after these, it has all but won
+ROUND = 300  # steps of a round of the finish: then the new discriminator begins to ask for invented detail
 VALID_IMAGES, VALID_SIZE = 10, 96  # validation: the middle 96x96 LR pixels of the first ten images
 # What can't change when a run is resumed: KEPT; KEPT_BY_GAN, once the GAN has begun; STEPS, once its finish has.
 KEPT = ("BATCH_SIZE", "images", "weights", "precision", "ema", "jpeg", "seed")
-KEPT_BY_GAN = ("PREGENSTEPS", "vgg_layer", "adversarial", "colour", "artifact")
+KEPT_BY_GAN = ("PREGENSTEPS", "vgg_layer", "adversarial", "colour", "artifact", "mesh", "penalty")
 
 
 def train(args):
@@ -49,12 +49,14 @@ def train(args):
                 train_srresnet(generator, images, valid_images, args)
                 write(srresnet, generator.save_weights)
             if args.STEPS:
-                train_srgan("gan", args.STEPS, args.STEPS, args.seed + 1, generator, vgg, images, valid_images, args)
+                train_srgan("gan", args.STEPS, args.seed + 1, generator, vgg, images, valid_images, args)
                 write(run_dir / "gan.weights.h5" if args.finish else srgan, generator.save_weights)
-            if args.finish:  # ends halfway between the weights before it, which invent less, and those after it
-                before = generator.get_weights()
-                train_srgan("finish", args.finish, RENEW, args.seed + 2, generator, vgg, images, valid_images, args)
-                generator.set_weights([(a + b) / 2 for a, b in zip(before, generator.get_weights())])
+            rounds = []
+            for i in range(1, args.finish + 1):  # each goes on from the last, with a discriminator that is new
+                train_srgan(f"finish{i}", ROUND, args.seed + 1 + i, generator, vgg, images, valid_images, args)
+                rounds.append(generator.get_weights())
+            if rounds:
+                generator.set_weights([np.mean(weights, axis=0) for weights in zip(*rounds)])
                 write(srgan, generator.save_weights)
             print(f"To upscale: python3 main.py --pretrained --weights {srgan if vgg else srresnet}")
     except tf.errors.ResourceExhaustedError as error:
@@ -68,7 +70,7 @@ def check_options(run_dir: Path, options: dict):
     if options["weights"]:  # what counts is what is in it, wherever it lies
         options["weights"] = f"sha256 {hashlib.sha256(Path(options['weights']).read_bytes()).hexdigest()[:16]}"
     file, begun = run_dir / "options.json", {path.parent.name for path in run_dir.glob("checkpoints/*/*.index")}
-    before, finish = json.loads(file.read_text()) if begun and file.exists() else options, "finish" in begun
+    before, finish = json.loads(file.read_text()) if begun and file.exists() else options, "finish1" in begun
     for name in KEPT + KEPT_BY_GAN * (finish or "gan" in begun) + ("STEPS",) * finish:
         if (old := before.get(name)) != (new := options[name]):
             what = f"other {name}" if name in ("images", "weights") else f"--{name} {old}, not {new}"
@@ -116,34 +118,34 @@ def train_srresnet(generator, images, valid_images, args):
     fit("pretrain", step, state, args.PREGENSTEPS, args.seed, images, valid_images, args)
 
 
-def train_srgan(name, steps, renewal, seed, generator, vgg, images, valid_images, args):
-    """The generator against a discriminator, a new one every `renewal` steps, on the perceptual loss (equation 3)."""
+def train_srgan(name, steps, seed, generator, vgg, images, valid_images, args):
+    """The generator against a new discriminator, on the perceptual loss (equation 3)."""
     keras.utils.set_random_seed(seed)  # the same whether or not earlier phases ran in this process
     discriminator = model.discriminator()
     optimizer = adam(generator, args.lr_gen, steps, args.lr_decay, args.ema)
-    discriminator_optimizer, new = adam(discriminator, args.lr_gen, renewal, args.lr_decay), discriminator.get_weights()
-
-    def before_step(number):  # counted from 0
-        if number % renewal == 0:
-            discriminator.set_weights(new)
-            for variable in discriminator_optimizer.variables:
-                variable.assign(keras.ops.zeros_like(variable))
+    discriminator_optimizer = adam(discriminator, args.lr_gen, steps, args.lr_decay)
 
     def step(lr, hr):
         with tf.GradientTape() as generator_tape, tf.GradientTape() as discriminator_tape:
             sr = generator(lr, training=True)
-            logits_hr, logits_sr = discriminator(hr, training=True), discriminator(sr, training=True)
+            with tf.GradientTape() as slope_tape:
+                slope_tape.watch(hr)
+                logits_hr = discriminator(hr, training=True)
+            logits_sr = discriminator(sr, training=True)
             # The generator's images should have the original's features, and pass for real; the rest isn't the paper's.
-            terms = {"Content Loss": (1, losses.content_loss(vgg(hr), vgg(sr)))}
-            if args.adversarial:
-                terms["Adversarial Loss"] = args.adversarial, losses.adversarial_loss(logits_sr)
-            if args.colour:
-                terms["Colour Loss"] = args.colour, losses.colour_loss(hr, sr)
-            if args.artifact:
-                terms["Artifact Loss"] = args.artifact, losses.artifact_loss(hr, sr)
+            terms = {
+                "Content Loss": (1, lambda: losses.content_loss(vgg(hr), vgg(sr))),
+                "Adversarial Loss": (args.adversarial, lambda: losses.adversarial_loss(logits_sr)),
+                "Colour Loss": (args.colour, lambda: losses.colour_loss(hr, sr)),
+                "Artifact Loss": (args.artifact, lambda: losses.artifact_loss(hr, sr)),
+                "Mesh Loss": (args.mesh, lambda: losses.mesh_loss(sr)),
+            }
+            terms = {name: (weight, loss()) for name, (weight, loss) in terms.items() if weight}
             perceptual = sum(weight * loss for weight, loss in terms.values())
             # The discriminator should tell real images from generated ones.
             discrimination = losses.discriminator_loss(logits_hr, logits_sr)
+            if args.penalty:
+                discrimination += args.penalty * losses.gradient_penalty(slope_tape.gradient(logits_hr, hr))
         update(generator, optimizer, generator_tape, perceptual)
         update(discriminator, discriminator_optimizer, discriminator_tape, discrimination)
         scalars = {"Perceptual Loss": perceptual, "Discriminator Loss": discrimination}
@@ -152,7 +154,7 @@ def train_srgan(name, steps, renewal, seed, generator, vgg, images, valid_images
 
     networks = {"generator": generator, "discriminator": discriminator}
     state = networks | {"optimizer": optimizer, "discriminator_optimizer": discriminator_optimizer}
-    fit(name, step, state, steps, seed, images, valid_images, args, vgg, before_step)
+    fit(name, step, state, steps, seed, images, valid_images, args, vgg)
 
 
 class Adam(keras.optimizers.Adam):
@@ -186,7 +188,7 @@ def update(network, optimizer, tape, loss):
     optimizer.apply(tape.gradient(loss, network.trainable_variables, share), network.trainable_variables)
 
 
-def fit(name, step_function, state, steps, seed, images, valid_images, args, vgg=None, before_step=lambda step: None):
+def fit(name, step_function, state, steps, seed, images, valid_images, args, vgg=None):
     """Train one phase from its newest checkpoint to the step `steps`; with --ema, the generator ends with the averages.
 
     `step_function(lr, hr)` takes float32 batches and returns a dict of scalars; `state` is what a checkpoint holds.
@@ -221,7 +223,6 @@ def fit(name, step_function, state, steps, seed, images, valid_images, args, vgg
     with bar, catch_signals() as signals:
         for lrs, hrs in batches if start < steps else ():
             before, step = step, min(step // count * count + count, steps)
-            before_step(before)
             scalars = run(lrs, hrs, tf.constant(before % count), tf.constant((step - 1) % count + 1))
             logging, validating, saving = (step == steps or step // n > before // n for n in intervals)
             if logging:

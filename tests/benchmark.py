@@ -65,7 +65,7 @@ def training(gpu, phase, batch_size):
         with tempfile.NamedTemporaryFile(suffix=".weights.h5") as file:
             keras.applications.VGG19(include_top=False, weights=None).save_weights(file.name)
             vgg = losses.vgg_features(args.vgg_layer, file.name)
-        train.train_srgan("gan", 100, 100, 0, model.generator(), vgg, None, None, args)
+        train.train_srgan("gan", 100, 0, model.generator(), vgg, None, None, args)
     run, count = train.compiled(found[0])
     stack = (count, batch_size) if count > 1 else (batch_size,)
     batch = random_pixels(*stack, 24, 24), random_pixels(*stack, 96, 96)

@@ -46,6 +46,20 @@ def test_colour_loss_sees_luma_and_grids_and_chroma_and_no_luma_texture():
         assert loss == pytest.approx(5 * 0.01 * np.mean(np.square(shift)), rel=1e-5)
 
 
+def test_mesh_loss_of_even_texture_and_of_a_mesh():
+    texture = np.float32(np.random.default_rng(0).normal(100, 20, (4, 96, 96, 3)))
+    lines = np.float32(np.arange(96) % 4 == 0)[:, None]  # a step up and a step down in four
+    assert float(losses.mesh_loss(tf.constant(texture))) < 0.01
+    assert float(losses.mesh_loss(tf.fill((1, 96, 96, 3), 7.0))) == 0
+    assert float(losses.mesh_loss(tf.constant(0 * texture + 50 * lines))) == pytest.approx(1, rel=1e-3)
+
+
+def test_gradient_penalty_is_the_squared_norm():
+    gradients = np.zeros((2, 4, 4, 3), np.float32)
+    gradients[0, 1, 2], gradients[1, 0, 0, 1] = 2 / 127.5, 4 / 127.5
+    assert float(losses.gradient_penalty(gradients)) == pytest.approx((3 * 4 + 16) / 2)
+
+
 def test_vgg_features_are_the_networks_own(vgg_weights):
     """Against a convolution written out in NumPy: mean subtracted, BGR, 3x3 convolutions with ReLU, pooled, scaled."""
     with h5py.File(vgg_weights) as file:

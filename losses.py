@@ -1,4 +1,4 @@
-"""The losses of Ledig et al. 2017, section 2.2, with two more, and the metrics PSNR and SSIM.
+"""The losses of Ledig et al. 2017, section 2.2, with four more, and the metrics PSNR and SSIM.
 
 Losses take batches of RGB images, `(batch, height, width, 3)` float32 from 0 to 255, or discriminator logits, and
 return a scalar. Metrics take two images, `(height, width, channels)` uint8.
@@ -57,8 +57,11 @@ def discriminator_loss(logits_hr, logits_sr):
 
 
 def gradient_penalty(gradients):
-    """R1 of Mescheder et al. 2018 (arXiv:1801.04406): squared norms of the gradients of logits at originals."""
-    return tf.reduce_mean(tf.reduce_sum(tf.square(gradients * 127.5), (1, 2, 3)))  # for images from -1 to 1
+    """R1 of Mescheder et al. 2018 (arXiv:1801.04406), for images from -1 to 1. Not in the paper.
+
+    `gradients`: of the logits of originals with respect to their pixels, `(batch, height, width, 3)`.
+    """
+    return tf.reduce_mean(tf.reduce_sum(tf.square(gradients * 127.5), (1, 2, 3)))
 
 
 def colour_loss(hr, sr):
@@ -77,7 +80,7 @@ def colour_loss(hr, sr):
 
 
 def mesh_loss(sr):
-    """How unevenly the squared steps between neighbours lie over the 4 positions in a block, as in no photograph.
+    """How unevenly squared steps from pixel to pixel lie over the 4 positions in a block: in photographs, evenly.
 
     Not in the paper: pixel shuffles can leave a mesh on skin or water that the other losses hardly see.
     """

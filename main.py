@@ -15,9 +15,9 @@ from functools import partial
 from pathlib import Path
 
 WEIGHTS = Path(__file__).resolve().parent / "weights" / "srgan.weights.h5"
-# The flags of `--recipe release`, with which the weights in weights/ were trained. Flags given beside it win.
+# The flags of `--recipe release`. Those in weights/ were trained with nearly these: its README has the differences.
 RELEASE = (
-    "--PREGENSTEPS 34000 --STEPS 4000 --finish 1 --BATCH_SIZE 64 --lr_pre_gen 6e-4 --lr_gen 1e-4 --lr_decay cosine "
+    "--PREGENSTEPS 34000 --STEPS 4000 --finish 300 --BATCH_SIZE 64 --lr_pre_gen 6e-4 --lr_gen 1e-4 --lr_decay cosine "
     "--vgg_layer block3_conv4 --adversarial 1e-2 --colour 10 --artifact 32 --mesh 0.3 --penalty 0.03 --jpeg 60-95 "
     "--ema 0.999"
 )
@@ -69,7 +69,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--blend", share, "A", None, "mix the weights of SRResNet (0) and SRGAN (1): low values invent less detail")
     group.add_argument("--ensemble", action="store_true", help="average eight flips and rotations: better, slower")
     group = parser.add_argument_group("training")
-    add("--recipe", ("paper", "release"), None, "paper", "release: the losses, steps and rates of weights/")
+    add("--recipe", ("paper", "release"), None, "paper", "release: losses, steps and rates near those of weights/")
     add("--data_dir", str, "DIR", None, "photos, in train/ and valid/ or all in DIR (default: DIV2K, downloaded once)")
     add("--run_dir", str, "DIR", "runs/srgan", "checkpoints, logs and results; the same command resumes a run")
     add("--cache_dir", str, "DIR", None, "for DIV2K and decoded photos (default: data/, or else ~/.cache/srgan)")
@@ -80,7 +80,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--artifact", weight, "W", 0.0, "weight of the artifact loss")
     add("--mesh", weight, "W", 0.0, "weight of the mesh loss")
     add("--penalty", weight, "W", 0.0, "weight of the gradient penalty in the discriminator's loss")
-    add("--finish", partial(number, int, 0, 99), "N", 0, "N rounds of 300 steps, each with a new discriminator")
+    add("--finish", steps, "N", 0, "GAN training steps after those, with a new discriminator; 0: none")
     add("--lr_decay", ("paper", "cosine", "none"), None, "paper", "paper: a tenth in the GAN's 2nd half; cosine: to 0")
     add("--precision", ("float32", "bfloat16"), None, "float32", "number format to train or upscale in")
     add("--ema", partial(number, float, 0, 0.99999), "DECAY", 0.0, "average the generator's weights over steps; 0: off")

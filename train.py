@@ -21,7 +21,6 @@ import model
 LOG_EVERY = 10  # steps between TensorBoard's points, and of one call on a GPU: reading a loss waits for the device
 LOOP = False  # several steps in one call, on a CPU, too
 KEEP, SAVE_AFTER = 2, 300  # newest checkpoints of a phase; seconds between them at most
-ROUND = 300  # steps of a round of the finish: then the new discriminator begins to ask for invented detail
 VALID_IMAGES, VALID_SIZE = 10, 96  # validation: the middle 96x96 LR pixels of the first ten images
 # What can't change when a run is resumed: KEPT; KEPT_BY_GAN, once the GAN has begun; STEPS, once its finish has.
 KEPT = ("BATCH_SIZE", "images", "weights", "precision", "ema", "jpeg", "seed")
@@ -51,12 +50,8 @@ def train(args):
             if args.STEPS:
                 train_srgan("gan", args.STEPS, args.seed + 1, generator, vgg, images, valid_images, args)
                 write(run_dir / "gan.weights.h5" if args.finish else srgan, generator.save_weights)
-            rounds = []
-            for i in range(1, args.finish + 1):  # each goes on from the last, with a discriminator that is new
-                train_srgan(f"finish{i}", ROUND, args.seed + 1 + i, generator, vgg, images, valid_images, args)
-                rounds.append(generator.get_weights())
-            if rounds:
-                generator.set_weights([np.mean(weights, axis=0) for weights in zip(*rounds)])
+            if args.finish:
+                train_srgan("finish", args.finish, args.seed + 2, generator, vgg, images, valid_images, args)
                 write(srgan, generator.save_weights)
             print(f"To upscale: python3 main.py --pretrained --weights {srgan if vgg else srresnet}")
     except tf.errors.ResourceExhaustedError as error:
@@ -70,7 +65,7 @@ def check_options(run_dir: Path, options: dict):
     if options["weights"]:  # what counts is what is in it, wherever it lies
         options["weights"] = f"sha256 {hashlib.sha256(Path(options['weights']).read_bytes()).hexdigest()[:16]}"
     file, begun = run_dir / "options.json", {path.parent.name for path in run_dir.glob("checkpoints/*/*.index")}
-    before, finish = json.loads(file.read_text()) if begun and file.exists() else options, "finish1" in begun
+    before, finish = json.loads(file.read_text()) if begun and file.exists() else options, "finish" in begun
     for name in KEPT + KEPT_BY_GAN * (finish or "gan" in begun) + ("STEPS",) * finish:
         if (old := before.get(name)) != (new := options[name]):
             what = f"other {name}" if name in ("images", "weights") else f"--{name} {old}, not {new}"

@@ -11,7 +11,7 @@ run=$logs/run steps=${STEPS:-400}
 limited=(timeout --foreground -k 60 "${LIMIT:-280}" python3)
 upscale=("${limited[@]}" main.py --pretrained --input input.jpg)
 train=(env --default-signal=INT "${limited[@]}" main.py --recipe release --data_dir "$photos" --cache_dir "$logs/cache"
-  --run_dir "$run" --PREGENSTEPS "$steps" --STEPS "$steps" --finish 1 --save_every 20 --BATCH_SIZE 16
+  --run_dir "$run" --PREGENSTEPS "$steps" --STEPS "$steps" --finish "$steps" --save_every 20 --BATCH_SIZE 16
   --precision bfloat16 ${VGG_WEIGHTS:+--vgg_weights "$VGG_WEIGHTS"} ${TRAIN:-})
 
 part() { # part NAME COMMAND...

@@ -202,7 +202,7 @@ def make_upscaler(network: keras.Model, ensemble: bool = False, tiles: tuple[int
                 sr = tiled(run_tile, lr, SCALE, trunk_tile, TRUNK_HALO + TAIL_HALO)
         except tf.errors.ResourceExhaustedError as error:
             raise MemoryError("out of memory: close other programs that use the device") from error
-        return sr.repeat(lr.shape[-1] // sr.shape[-1], axis=-1)
+        return sr if sr.shape[-1] == lr.shape[-1] else sr.repeat(3, axis=-1)
 
     return upscale
 

@@ -17,8 +17,8 @@ from pathlib import Path
 WEIGHTS = Path(__file__).resolve().parent / "weights" / "srgan.weights.h5"
 # The flags of `--recipe release`. Those in weights/ were trained with nearly these: its README has the differences.
 RELEASE = (
-    "--PREGENSTEPS 34000 --STEPS 4000 --finish 300 --BATCH_SIZE 64 --lr_pre_gen 6e-4 --lr_gen 1e-4 --lr_decay cosine "
-    "--vgg_layer block3_conv4 --adversarial 1e-2 --colour 10 --artifact 32 --mesh 0.3 --penalty 0.03 --jpeg 60-95 "
+    "--PREGENSTEPS 34000 --STEPS 7000 --finish 300 --BATCH_SIZE 64 --lr_pre_gen 6e-4 --lr_gen 2e-4 --lr_decay cosine "
+    "--vgg_layer block3_conv4 --adversarial 1e-2 --colour 10 --artifact 32 --mesh 0.3 --penalty 0.1 --jpeg 60-95 "
     "--ema 0.999"
 )
 

@@ -327,11 +327,11 @@ CURVES = {  # file: the phase, TensorBoard's tag, and the arguments of `curve`
     ),
     "perceptual_loss.svg": (
         "gan", "Perceptual Loss",
-        {"title": "SRGAN: perceptual loss", "label": "weighted sum of its four parts"},
+        {"title": "SRGAN: perceptual loss", "label": "weighted sum of its parts"},
     ),
     "discriminator_loss.svg": (
         "gan", "Discriminator Loss",
-        {"title": "SRGAN: discriminator loss", "label": "−log D(HR) − log(1 − D(SR))", "guess": True},
+        {"title": "SRGAN: discriminator loss", "label": "−log D(HR) − log(1 − D(SR)) + penalty", "guess": True},
     ),
 }  # fmt: skip
 

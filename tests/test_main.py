@@ -76,8 +76,8 @@ def test_the_default_is_the_paper_and_a_flag_beside_a_recipe_wins():
     mixed = "--ema 0 --colour 5 --recipe release --vgg_layer block5_conv4 --adversarial 1e-3"
     for flags, expected in (
         ("", ["block5_conv4", 1e-3, 0, 0, 0, 0, "paper", 0, None]),
-        ("--recipe release", ["block3_conv4", 1e-2, 10, 32, 0.3, 0.03, "cosine", 0.999, "60-95"]),
-        (mixed, ["block5_conv4", 1e-3, 5, 32, 0.3, 0.03, "cosine", 0, "60-95"]),
+        ("--recipe release", ["block3_conv4", 1e-2, 10, 32, 0.3, 0.1, "cosine", 0.999, "60-95"]),
+        (mixed, ["block5_conv4", 1e-3, 5, 32, 0.3, 0.1, "cosine", 0, "60-95"]),
     ):
         args = main.parse(flags.split())
         assert [getattr(args, name) for name in names] == expected

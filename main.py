@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 WEIGHTS = Path(__file__).resolve().parent / "weights" / "srgan.weights.h5"
-# The flags of `--recipe release`. Those in weights/ were trained with nearly these: its README has the differences.
+# The flags of `--recipe release`. The weights in weights/ were trained with nearly these: see weights/README.md.
 RELEASE = (
     "--PREGENSTEPS 34000 --STEPS 7000 --finish 300 --BATCH_SIZE 64 --lr_pre_gen 6e-4 --lr_gen 2e-4 --lr_decay cosine "
     "--vgg_layer block3_conv4 --adversarial 1e-2 --colour 10 --artifact 32 --mesh 0.3 --penalty 0.1 --jpeg 60-95 "

@@ -314,7 +314,7 @@ def make_validation(generator, optimizer, images, valid_images, args, vgg=None):
     # Normalisation statistics belong to the weights that they were measured with, so the averages get their own.
     normalizations = [layer for layer in averaged.layers if isinstance(layer, keras.layers.BatchNormalization)]
     lrs = [lr for lr, _ in data.patches(images, 16, 0, 16, args.seed, args.jpeg)] if args.ema else ()
-    upscale = model.make_upscaler(averaged)
+    upscale = model.Upscaler(averaged)
     for _, (lr, hr) in zip(range(VALID_IMAGES), valid_images):
         y, x = (max(side - VALID_SIZE, 0) // 2 for side in lr.shape[:2])
         hr = hr[data.SCALE * y :, data.SCALE * x :][: data.SCALE * VALID_SIZE, : data.SCALE * VALID_SIZE]
@@ -332,6 +332,7 @@ def make_validation(generator, optimizer, images, valid_images, args, vgg=None):
 
     def validate():  # mean PSNR in dB, content loss if the phase has one, and crops to look at
         average()
+        upscale.load(averaged)
         srs = [upscale(lr) for lr, _ in pairs]
         scalars = {"PSNR": np.mean([losses.psnr(sr, hr) for sr, (_, hr) in zip(srs, pairs)])}
         if vgg:

@@ -21,7 +21,7 @@ import train
 
 def generator():
     lr = keras.Input((None, None, 3), name="lr")
-    conv = layers.Conv2D(48, 3, padding="same", use_bias=False, name="conv")
+    conv = layers.Conv2D(48, 3, padding="same", name="conv")
     x = model.normalization(name="trunk")(conv(layers.Rescaling(1 / 255, name="unit")(lr)))
     sr = layers.Rescaling(127.5, 127.5, name="sr")(keras.ops.depth_to_space(x, 4))
     return keras.Model(lr, sr, name="generator")

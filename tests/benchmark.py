@@ -1,4 +1,4 @@
-"""Speed and memory of training, patches and upscaling, as a Markdown table: `python3 tests/benchmark.py`.
+"""Speed and memory of training, patches, upscaling and folders, as a Markdown table: `python3 tests/benchmark.py`.
 
 Each row is measured in a process of its own, so that its peak memory is its own, too. XLA takes up to a minute to
 compile a training step for a GPU: there, all rows compile side by side, wait for one another, and are measured one at
@@ -29,6 +29,8 @@ from PIL import Image
 import data
 import main
 
+PHOTO = Path(main.__file__).with_name("assets") / "raccoon.jpg"
+
 
 def peak_memory():
     """Of this process so far, in MB."""
@@ -45,6 +47,9 @@ def seconds(function):
     return time.perf_counter() - start
 
 
+# ---- What is measured ----
+
+
 def training(gpu, phase, batch_size):
     """Patches per second of training with `--recipe release`, its losses read after each call, as training does.
 
@@ -57,28 +62,30 @@ def training(gpu, phase, batch_size):
     import model
     import train
 
-    found, args = [], main.parse(["--recipe", "release"])
-    train.fit = lambda name, step, *rest: found.append(step)  # instead of training
+    args = main.parse(["--recipe", "release"])
     if phase == "pre-training":
-        train.train_srresnet(model.generator(), None, None, args)
+        step = train.srresnet_phase(model.generator(), args).step
     else:
         with tempfile.NamedTemporaryFile(suffix=".weights.h5") as file:
             keras.applications.VGG19(include_top=False, weights=None).save_weights(file.name)
             vgg = losses.vgg_features(args.vgg_layer, file.name)
-        train.train_srgan("gan", 100, 0, model.generator(), vgg, None, None, args)
-    run, count = train.compiled(found[0])
-    stack = (count, batch_size) if count > 1 else (batch_size,)
+        step = train.srgan_phase("gan", 100, 0, model.generator(), vgg, args).step
+    run, count = train.compile_step(step)
+    stack = (batch_size,)
+    if count > 1:
+        stack = (count, batch_size)
     batch = random_pixels(*stack, 24, 24), random_pixels(*stack, 96, 96)
     batches = iter(tf.data.Dataset.from_tensors(batch).repeat().prefetch(1))
 
     def call():
         scalars = run(*next(batches), tf.constant(0), tf.constant(count))
-        [float(value) for value in scalars.values()]  # waits for the device
+        for value in scalars.values():
+            float(value)  # waits for the device
 
     call()
     with turn():
-        _, _, *times = [seconds(call) for _ in range(22 if gpu else 10)]
-    return count * batch_size / np.median(times), "patches/s"
+        times = [seconds(call) for _ in range(22 if gpu else 10)]
+    return count * batch_size / np.median(times[2:]), "patches/s"
 
 
 def patches(gpu, data_dir, jpeg, batch_size):
@@ -88,10 +95,14 @@ def patches(gpu, data_dir, jpeg, batch_size):
     prepared images that the system happens to keep, and can drop again.
     """
     with tempfile.TemporaryDirectory() as folder:
-        for i in range(0 if data_dir else 20):
-            Image.fromarray(random_pixels(1152, 1728)).save(Path(folder) / f"{i}.bmp")
-        images, _ = data.load(data_dir or folder, None if data_dir else folder)
-        [hr.max() for _, hr in images]  # now in memory as far as it fits
+        cache = None
+        if data_dir is None:
+            data_dir = cache = folder
+            for i in range(20):
+                Image.fromarray(random_pixels(1152, 1728)).save(Path(folder) / f"{i}.bmp")
+        images, _ = data.load(data_dir, cache)
+        for _, hr in images:
+            hr.max()  # now in memory as far as it fits
         batches = iter(data.patches(images, batch_size, 0, 9_999_999, seed=0, jpeg=jpeg))
         with turn():
             times = [seconds(partial(next, batches)) for _ in range(320)]
@@ -102,13 +113,50 @@ def upscaling(gpu, width, height):
     """Megapixels of the result per second: the best of three after a first; of large images on a CPU, the first."""
     import model
 
-    run = partial(model.make_upscaler(model.generator()), random_pixels(height, width))
-    several = gpu or width < 1000
-    if several:
+    run = partial(model.Upscaler(model.generator()), random_pixels(height, width))
+    times = 1
+    if gpu or width < 1000:
+        times = 3
         run()
     with turn():
-        best = min(seconds(run) for _ in range(3 if several else 1))
+        best = min(seconds(run) for _ in range(times))
     return data.SCALE**2 * height * width / best / 1e6, "megapixels/s"
+
+
+def one_convolution():
+    """The least that can stand in for the generator, to see what the program itself costs."""
+    import keras
+    from keras import layers
+
+    lr = keras.Input((None, None, 3))
+    x = layers.Conv2D(48, 3, padding="same", name="trunk")(lr)
+    return keras.Model(lr, keras.ops.depth_to_space(x, 4))
+
+
+def folder(gpu, network, suffix):
+    """Images per second of a folder of 32, details of 480x270 of a photograph, from files to files.
+
+    With the generator on a CPU, the folder has four.
+    """
+    import model
+
+    networks = {"generator": model.generator, "one convolution": one_convolution}
+    upscaler = model.Upscaler(networks[network]())
+    upscaler(random_pixels(270, 480))
+    with tempfile.TemporaryDirectory() as place, Image.open(PHOTO) as photo, open(os.devnull, "w") as nowhere:
+        jobs = []
+        for i in range(4 if network == "generator" and not gpu else 32):
+            left = 16 * i
+            top = 15 * i
+            path = Path(place) / f"{i}{suffix}"
+            photo.crop((left, top, left + 480, top + 270)).save(path, quality=95)
+            jobs.append(main.Job(path, Path(place) / f"large{i}{suffix}"))
+        with turn(), contextlib.redirect_stdout(nowhere):
+            duration = seconds(partial(main.upscale_all, jobs, upscaler))
+    return len(jobs) / duration, "images/s"
+
+
+# ---- The table ----
 
 
 def rows(data_dir, batch_sizes):
@@ -120,6 +168,8 @@ def rows(data_dir, batch_sizes):
         yield name, "float32", patches, data_dir, jpeg, batch_sizes[-1]
     for (width, height), precision in itertools.product(((480, 270), (1920, 1080)), precisions):
         yield f"upscaling {width}x{height}, {precision}", precision, upscaling, width, height
+    for network, suffix in itertools.product(("generator", "one convolution"), (".png", ".jpg")):
+        yield f"folder, {suffix} to {suffix}, {network}", "bfloat16", folder, network, suffix
 
 
 def share(*objects):
@@ -139,9 +189,9 @@ def turn():
 
 def measure(gpu, name, precision, function, *arguments):
     """Returns a line of the table."""
-    if function is not upscaling:
+    if function is training:
         os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # as main.py does
-    main.start_tensorflow(precision)
+    start_tensorflow(precision)
     import tensorflow as tf
 
     try:
@@ -150,23 +200,38 @@ def measure(gpu, name, precision, function, *arguments):
         READY.abort()
         traceback.print_exc()
         return f"| {name} | {type(error).__name__} | | |"
-    device = f"{tf.config.experimental.get_memory_info('GPU:0')['peak'] / 1e6:,.0f} MB" if gpu else ""
-    return f"| {name} | {speed:,.{0 if speed > 100 else 1}f} {unit} | {peak_memory():,.0f} MB | {device} |"
+    digits = 0 if speed > 100 else 1
+    device = ""
+    if gpu:
+        device = f"{tf.config.experimental.get_memory_info('GPU:0')['peak'] / 1e6:,.0f} MB"
+    return f"| {name} | {speed:,.{digits}f} {unit} | {peak_memory():,.0f} MB | {device} |"
+
+
+def start_tensorflow(precision="float32"):
+    """Returns the device's name, instead of printing it."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        main.start_tensorflow(precision)
+    return main.device_names()
 
 
 def run(args):
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn) as pool:
-        machine = pool.submit(main.start_tensorflow).result()
-    gpu = not machine.startswith("CPU")
-    batch_sizes = [args.BATCH_SIZE] if args.BATCH_SIZE else [16, 128] if gpu else [16]
+        name = pool.submit(start_tensorflow).result()
+    gpu = name != "CPU"
+    batch_sizes = [16, 128] if gpu else [16]
+    if args.BATCH_SIZE:
+        batch_sizes = [args.BATCH_SIZE]
     todo = [row for row in rows(args.data_dir, batch_sizes) if args.only in row[0]]
     jobs = args.jobs or (len(todo) if gpu else 1)
-    print(f"{machine}, TensorFlow {version('tensorflow')}", "| | speed | memory | GPU memory |", sep="\n\n")
+    print(f"{name}, TensorFlow {version('tensorflow')}", "| | speed | memory | GPU memory |", sep="\n\n")
     print("|---|---|---|---|", flush=True)
-    for group in (todo[i : i + jobs] for i in range(0, len(todo), jobs)):
-        with ProcessPoolExecutor(len(group), spawn, share, (spawn.Barrier(len(group)), spawn.Lock())) as pool:
-            for line in [pool.submit(measure, gpu, *row) for row in group]:
+    for start in range(0, len(todo), jobs):
+        group = todo[start : start + jobs]
+        shared = spawn.Barrier(len(group)), spawn.Lock()
+        with ProcessPoolExecutor(len(group), spawn, share, shared) as pool:
+            lines = [pool.submit(measure, gpu, *row) for row in group]
+            for line in lines:
                 print(line.result(), flush=True)
 
 

@@ -41,17 +41,17 @@ class UserError(OSError):
     """What the user can mend, beside faults of files: printed, as any OSError, as one line without a traceback."""
 
 
-def is_image(path: Path) -> bool:
+def is_image(path):
     """Whether a path is a file with the suffix of an image."""
     return path.suffix.lower() in SUFFIXES and path.is_file()
 
 
-def first_image(folder: Path) -> Path | None:
+def first_image(folder):
     """An image in a folder, or in one below, if there is any."""
     return next(filter(is_image, folder.rglob("[!.]*")), None)
 
 
-def warn_of_unused(folder: Path, paths: list[Path]):
+def warn_of_unused(folder, paths):
     """Warn of the files and folders in `folder` that are not used: their number, and the names of five at most."""
     if not paths:
         return
@@ -61,7 +61,7 @@ def warn_of_unused(folder: Path, paths: list[Path]):
     warnings.warn(f"{folder}: left out {len(paths)} files and folders: {names}")
 
 
-def warn_of_unused_images(folder: Path, used: list[Path]):
+def warn_of_unused_images(folder, used):
     """Warn of what holds images in `folder`, except `used`."""
     others = [path for path in sorted(folder.iterdir()) if path not in used]
     warn_of_unused(folder, [path for path in others if is_image(path) or first_image(path)])
@@ -86,7 +86,7 @@ def list_images(folder: str | Path, *others: Path) -> list[Path]:
     return images
 
 
-def flock(file, shared: bool = False, wait: bool = True) -> bool:
+def flock(file, shared=False, wait=True):
     """Lock an open file, for this process alone or shared. Returns False where there are no locks.
 
     Raises BlockingIOError if another process has locked it and `wait` is False.
@@ -120,7 +120,7 @@ def lock(folder: str | Path, wait: bool = True):
         yield
 
 
-def check_replaceable(path: Path):
+def check_replaceable(path):
     """Raise OSError if there is something at `path` that must not be replaced."""
     if path.exists() and not path.is_file():
         raise OSError("it is not a regular file")
@@ -160,10 +160,6 @@ TiffImagePlugin.READ_LIBTIFF = True  # Pillow's own reader takes planes of 16 bi
 FORMATS = sorted(set(SUFFIXES.values()))  # no others: Pillow would start Ghostscript for a PostScript file
 
 RARE = "its pixels are of a rare kind, such as 12 bits or float: save it as a PNG of 8 or 16 bits"
-PLAINLY = {  # what Pillow says of files that are valid, and what a user should read
-    "MAX_TEXT": "its texts and colour profile are over 64 MB",
-    "unknown pixel mode": RARE,
-}
 
 ORIENTATION = 0x0112  # EXIF's and TIFF's tags
 EXIF_DETAILS = 0x8769
@@ -175,51 +171,71 @@ XMP = 700
 TURNS = {2: (0, -1), 3: (2, 1), 4: (2, -1), 5: (3, -1), 6: (3, 1), 7: (1, -1), 8: (1, 1)}
 
 
-def explain(error: Exception) -> str:
+def explain(error):
     """What an exception says, in one line."""
     if isinstance(error, MemoryError):
         return "out of memory"
     words = " ".join(str(getattr(error, "strerror", None) or error).split())
-    for text, plain in PLAINLY.items():
-        if text in words:
-            return plain
+    if "unknown pixel mode" in words:  # Pillow's words
+        return RARE
     if isinstance(error, (OSError, SyntaxError, ValueError)) and words:
         return words
     return f"it is damaged ({type(error).__name__}: {words})"  # decoders raise a dozen kinds
 
 
-def hide_metadata(content: bytes) -> bytes:
-    """A file in which readers pass over EXIF, XMP and resolution: where they are damaged, Pillow gives no pixels."""
-    if content[:4] not in (b"II*\0", b"MM\0*"):
-        return content.replace(b"Exif", b"none")  # as JPEG and AVIF call it
+def hide_tags(content):
+    """A TIFF in which EXIF, XMP and resolution have the number of a tag that means nothing."""
     hidden = bytearray(content)
     order = "<" if content.startswith(b"II") else ">"
-    with contextlib.suppress(struct.error):
-        (directory,) = struct.unpack_from(order + "I", content, 4)
-        (count,) = struct.unpack_from(order + "H", content, directory)
-        for place in range(directory + 2, directory + 2 + 12 * count, 12):
-            (tag,) = struct.unpack_from(order + "H", content, place)
-            if tag in EXIF_TAGS or tag == XMP:
-                struct.pack_into(order + "H", hidden, place, 65_000)  # which means nothing
+    (directory,) = struct.unpack_from(order + "I", content, 4)
+    (count,) = struct.unpack_from(order + "H", content, directory)
+    for place in range(directory + 2, directory + 2 + 12 * count, 12):
+        (tag,) = struct.unpack_from(order + "H", content, place)
+        if tag in EXIF_TAGS or tag == XMP:
+            struct.pack_into(order + "H", hidden, place, 65_000)
     return bytes(hidden)
 
 
-def identify(content: bytes) -> Image.Image:
-    """Pillow's image of a file's content, not decoded yet."""
+def drop_chunks(content):
+    """A PNG of its header, palette, transparency and pixels."""
+    kept = [content[:8]]
+    place = 8
+    while place < len(content):
+        length, kind = struct.unpack_from(">I4s", content, place)
+        end = place + length + 12
+        if kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
+            kept.append(content[place:end])
+        place = end
+    return b"".join(kept)
+
+
+def hide_metadata(content):
+    """A file that gives its pixels even if its metadata are damaged, as they are hidden from the reader."""
+    if content.startswith((b"II*\0", b"MM\0*")):
+        return hide_tags(content)
+    if content.startswith(b"\x89PNG"):
+        return drop_chunks(content)
+    return content.replace(b"Exif", b"none")  # as JPEG and AVIF call it
+
+
+def identify(content, load):
+    """Pillow's image of a file's content, decoded if `load`. Raises one of a dozen kinds of exception."""
     image = Image.open(io.BytesIO(content), formats=FORMATS)
-    for name in ("icc_profile", "xmp"):  # a TIFF may say that they are numbers
+    for name in ("icc_profile", "xmp"):  # which a TIFF may say are numbers
         if not isinstance(image.info.get(name), bytes):
             image.info.pop(name, None)
+    if load:
+        image.load()
     return image
 
 
-def identify_or_explain(content: bytes, suffix: str) -> Image.Image:
-    """Pillow's image of the content of a file with this suffix. Raises one of a dozen kinds of exception, but why."""
+def identify_or_explain(content, load, suffix):
+    """The same, even if metadata are damaged. Raises what says why a file with this suffix isn't read."""
     try:
-        return identify(content)
+        return identify(content, load)
     except Exception as error:
         with contextlib.suppress(Exception):
-            return identify(hide_metadata(content))
+            return identify(hide_metadata(content), load)
         if not isinstance(error, Image.UnidentifiedImageError):
             raise
     if suffix in SUFFIXES:
@@ -228,8 +244,8 @@ def identify_or_explain(content: bytes, suffix: str) -> Image.Image:
 
 
 @contextlib.contextmanager
-def open_image(path: str | Path):
-    """Yield a file's content, and Pillow's image of it, not decoded yet.
+def open_image(path: str | Path, load: bool = False):
+    """Yield a file's content, and Pillow's image of it, decoded if `load`.
 
     All exceptions inside, except UserError, become OSErrors of one line: that this file can't be read, and why.
     """
@@ -238,14 +254,14 @@ def open_image(path: str | Path):
         if path.exists() and not path.is_file():
             raise OSError("it is not a regular file")
         content = path.read_bytes()
-        yield content, identify_or_explain(content, path.suffix.lower())
+        yield content, identify_or_explain(content, load, path.suffix.lower())
     except UserError:
         raise
     except Exception as error:
         raise OSError(f"can't read {path}: {explain(error)}") from error
 
 
-def decode_png_16(content: bytes, image: Image.Image) -> np.ndarray:
+def decode_png_16(content, image):
     """The pixels and perhaps alpha of a PNG of 16 bits, of which Pillow keeps 8."""
     import tensorflow as tf
 
@@ -255,7 +271,7 @@ def decode_png_16(content: bytes, image: Image.Image) -> np.ndarray:
     return rgba[..., 2:] if content[25] == 0 else rgba
 
 
-def decode(path: str | Path, content: bytes, image: Image.Image) -> np.ndarray:
+def decode(path, content, image):
     """The pixels and perhaps alpha, uint8 or uint16, of a loaded image."""
     if image.format == "PNG":
         depth, colour_type = content[24:26]
@@ -292,7 +308,7 @@ SRGB_GAMMA = 0.45455
 SRGB_CHROMATICITY = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
 
 
-def is_srgb(content: bytes, image: Image.Image) -> bool:
+def is_srgb(content, image):
     """Whether a file's pixels are to be shown as sRGB, or by a colour profile, which is kept."""
     info = image.info
     if "icc_profile" in info:
@@ -311,7 +327,7 @@ def is_srgb(content: bytes, image: Image.Image) -> bool:
     return np.allclose(numbers, (SRGB_GAMMA, *SRGB_CHROMATICITY), atol=0.01)
 
 
-def count_frames(content: bytes) -> int:
+def count_frames(content):
     """How many frames or pages a file has. Of a JPEG, one: what cameras put behind it are previews."""
     with contextlib.suppress(Exception):  # damaged
         image = Image.open(io.BytesIO(content), formats=FORMATS)  # opened anew, as counting moves on to the last page
@@ -320,7 +336,7 @@ def count_frames(content: bytes) -> int:
     return 1
 
 
-def warn_of_losses(path: str | Path, content: bytes, image: Image.Image):
+def warn_of_losses(path, content, image):
     """Warn of what a file says or holds and reading leaves out."""
     frames = count_frames(content)
     if frames > 1:
@@ -329,14 +345,14 @@ def warn_of_losses(path: str | Path, content: bytes, image: Image.Image):
         warnings.warn(f"{path} has colours other than sRGB, and no profile: they may look lighter, darker or duller")
 
 
-def read_orientation(exif: Image.Exif) -> tuple[int, int]:
+def read_orientation(exif):
     """How to turn an image upright: quarter turns to the left, and then the step along its columns, -1 to mirror."""
     with contextlib.suppress(Exception):  # damaged
         return TURNS.get(exif.get(ORIENTATION), (0, 1))
     return (0, 1)
 
 
-def read_metadata(image: Image.Image, exif: Image.Exif, channels: int) -> dict:
+def read_metadata(image, exif, channels):
     """What holds for an upscaled image, too, and isn't damaged: the arguments of Pillow's `save`.
 
     They are `icc_profile`, `dpi` and `exif`.
@@ -367,13 +383,8 @@ def read_image(path: str | Path) -> tuple[np.ndarray, np.ndarray | None, dict]:
     Pixels are `(h, w, 3)` RGB or `(h, w, 1)` grey, uint8 or, except from colour TIFF, uint16; alpha is `(h, w)`. The
     metadata are what `write_image` takes. What is damaged of them is left out.
     """
-    with open_image(path) as (content, image):
+    with open_image(path, load=True) as (content, image):
         warn_of_losses(path, content, image)
-        try:
-            image.load()
-        except Exception:
-            image = identify(hide_metadata(content))
-            image.load()  # fails again, unless it was the metadata
         exif = Image.Exif()
         with contextlib.suppress(Exception):  # damaged
             exif = image.getexif()  # Pillow turns a TIFF upright by itself, and removes the orientation here
@@ -450,7 +461,7 @@ def spread_colours(pixels: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     return np.where(visible, pixels, colours).astype(pixels.dtype)
 
 
-def keeps_16_bits(kind: str, pixels: np.ndarray, alpha: np.ndarray | None) -> bool:
+def keeps_16_bits(kind, pixels, alpha):
     """Whether a format, by Pillow's name, takes these pixels in 16 bits."""
     height, width, channels = pixels.shape
     if kind == "TIFF":
@@ -458,7 +469,7 @@ def keeps_16_bits(kind: str, pixels: np.ndarray, alpha: np.ndarray | None) -> bo
     return kind == "PNG" and height * width <= 500e6  # TensorFlow's limit
 
 
-def encode(path: Path, kind: str, pixels: np.ndarray, alpha: np.ndarray | None, metadata: dict):
+def encode(path, kind, pixels, alpha, metadata):
     """Write to a file, in a format by Pillow's name, what that can hold. Raises one of many kinds of exception."""
     channels = pixels.shape[2]
     if pixels.dtype == np.uint16 and kind == "PNG":  # of which Pillow writes only 8 bits
@@ -525,7 +536,7 @@ LR_ENDINGS = ("x4", "_x4", "_LR", "")
 SMALLEST = 2 * 4 + 11  # the border that scores leave out, and the window of SSIM
 
 
-def find_folders(folder: Path) -> tuple[Path, Path | None]:
+def find_folders(folder):
     """The folder of the originals, and that of their small images or None. Raises UserError if it isn't clear."""
     for prefix in SETS:
         hr_folder = folder / f"{prefix}HR"
@@ -544,7 +555,7 @@ def find_folders(folder: Path) -> tuple[Path, Path | None]:
     return hr_folder, None
 
 
-def find_lr(hr_path: Path, lr_paths: dict[str, Path]) -> Path | None:
+def find_lr(hr_path, lr_paths):
     """The small image of an original, of those by name."""
     name = hr_path.stem.removesuffix("_HR")
     for ending in LR_ENDINGS:
@@ -619,7 +630,7 @@ DIV2K = {
 }
 
 
-def download(url: str, path: Path, size: int):
+def download(url, path, size):
     """Download a file, or what is missing of it. Raises OSError, in one line."""
     here = path.stat().st_size if path.exists() else 0
     if here >= size:
@@ -639,7 +650,7 @@ def download(url: str, path: Path, size: int):
         raise OSError(f"can't download {url} ({error}): run the command again, or train on other photos") from error
 
 
-def verify(archive: Path, sha256: str, ours: bool):
+def verify(archive, sha256, ours):
     """Raise OSError if an archive isn't the published one. If it is `ours`, downloaded and not put there, remove it."""
     with open(archive, "rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() == sha256:
@@ -647,7 +658,7 @@ def verify(archive: Path, sha256: str, ours: bool):
     if not ours:
         raise UserError(f"{archive} is not the published archive: remove it, and run the same command again")
     archive.unlink()
-    raise OSError(f"{archive} was not the published archive and is removed: run the same command again")
+    raise OSError(f"{archive} was not the published archive, and has been removed: run the same command again")
 
 
 def div2k(root: Path) -> Path:
@@ -683,13 +694,13 @@ IN_USE = {}  # by store, the open file whose shared lock keeps its images until 
 
 
 @functools.lru_cache(min(max(DESCRIPTORS - 256, 64), 32_000))
-def open_prepared(path: str) -> tuple[np.ndarray, np.ndarray]:
+def open_prepared(path):
     """LR and HR of a prepared file, mapped into memory."""
     array = np.load(path, mmap_mode="r").view(np.ndarray)
     return array[0], array[1:].reshape(SCALE * array.shape[1], -1, 3)
 
 
-def digest(value) -> str:
+def digest(value):
     """32 characters that tell values, by what they look like printed, from others."""
     return hashlib.sha256(repr(value).encode()).hexdigest()[:32]
 
@@ -713,7 +724,7 @@ class PreparedImages:
         return open_prepared(self.paths[i])
 
 
-def clean_store(store: Path, needed: set[Path]):
+def clean_store(store, needed):
     """Remove what nobody needs, unless a process uses the store: images not `needed`, and what killed processes left.
 
     Call it with the store locked, so that nobody begins to use it, or prepares images, meanwhile. Returns the open file
@@ -729,7 +740,7 @@ def clean_store(store: Path, needed: set[Path]):
     return in_use
 
 
-def is_whole(path: Path) -> bool:
+def is_whole(path):
     """Whether a prepared file is there and not damaged."""
     with contextlib.suppress(OSError, ValueError, EOFError):
         np.load(path, mmap_mode="r")
@@ -737,7 +748,7 @@ def is_whole(path: Path) -> bool:
     return False
 
 
-def prepare_image(original: Path, target: Path) -> str | None:
+def prepare_image(original, target):
     """Decode and degrade an image. Returns why it can't be used, or None. Raises OSError if it can't be written."""
     try:
         hr = read_rgb(original)
@@ -753,7 +764,7 @@ def prepare_image(original: Path, target: Path) -> str | None:
     return None
 
 
-def prepare(folder: Path, cache: Path, *others: Path) -> dict[Path, Path]:
+def prepare(folder, cache, *others):
     """Prepare the images of a folder, except those that are. Returns the files of the usable ones."""
     resolved = folder.resolve()
     store = cache / "prepared" / f"{resolved.name[:40]}-{digest(str(resolved))[:8]}"
@@ -780,7 +791,7 @@ def prepare(folder: Path, cache: Path, *others: Path) -> dict[Path, Path]:
     return files
 
 
-def clean_stale_stores(cache: Path):
+def clean_stale_stores(cache):
     """Empty the stores of folders that are gone, unless they are in use."""
     for note in cache.glob("prepared/*/folder"):
         if not os.path.exists(note.read_bytes()):
@@ -788,7 +799,7 @@ def clean_stale_stores(cache: Path):
                 clean_store(note.parent, set()).close()
 
 
-def find_cache(cache_dir: str | Path | None) -> Path:
+def find_cache(cache_dir):
     """The folder for DIV2K and the prepared images: as given, or beside the program, or in the user's cache folder."""
     folders = [Path(cache_dir)] if cache_dir else [Path(__file__).resolve().parent / "data"]
     users = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -839,7 +850,7 @@ JPEG_BLOCK = 16  # a patch needs the whole blocks of 16x16 pixels that it lies i
 JPEG_SIDE = 48  # which are so large, wherever it lies
 
 
-def turn(square: np.ndarray, way: int) -> np.ndarray:
+def turn(square, way):
     """Flip and turn a square, `(n, n)`, in one of the eight ways, 0 to 7."""
     if way & 1:
         square = square[::-1]

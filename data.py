@@ -1,6 +1,7 @@
 """Image files, the 4x degradation, DIV2K, and the patches that training reads (Ledig et al. 2017, section 3.2).
 
-Images are uint8 arrays `(height, width, 3)`, RGB, 0 to 255, unless a docstring says otherwise.
+Images are uint8 arrays `(height, width, 3)`, RGB, 0 to 255, unless a docstring says otherwise. What a user should know,
+but nothing stops for, is a warning of one line.
 """
 
 import contextlib
@@ -9,8 +10,9 @@ import hashlib
 import http.client
 import io
 import os
+import re
 import shutil
-import sys
+import struct
 import tempfile
 import urllib.request
 import warnings
@@ -21,300 +23,84 @@ import numpy as np
 from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin, features
 from tqdm import tqdm
 
-SCALE, LR_PATCH, HR_PATCH = 4, 24, 96
-VISIT_PIXELS = 400 * 400  # an epoch of training visits an image once per this many HR pixels
+SCALE = 4
+LR_PATCH = 24
+HR_PATCH = 96
+
+
+# ---- Files and folders ----
+
 # What can be read and written, and Pillow's name of the format.
 SUFFIXES = {".png": "PNG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP"}
 SUFFIXES |= dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG")
-SUFFIXES |= {".avif": "AVIF"} if "avif" in features.modules and features.check("avif") else {}  # since Pillow 11.3
-LONGEST_SIDE = {"JPEG": 65_500, "WEBP": 16_383, "AVIF": 32_768}  # libjpeg's is a little less than JPEG's own
-# EXIF that still holds when upscaled: description, camera, resolution, software, date, artist, copyright, exposure, GPS
-EXIF_TAGS = {270, 271, 272, 282, 283, 296, 305, 306, 315, 33432, EXIF_DETAILS := 0x8769, 0x8825}
-ORIENTATIONS = {2: (0, -1), 3: (2, 1), 4: (2, -1), 5: (3, -1), 6: (3, 1), 7: (1, -1), 8: (1, 1)}  # np.rot90, mirror
-PLAINLY = {  # what Pillow says of files that are valid, and what a user should read
-    "MAX_TEXT": "its texts and colour profile are over 64 MB",
-    "unknown pixel mode": "its pixels are of a rare kind, such as 12 bits or float: save it as a PNG of 8 or 16 bits",
-}
-# DIV2K's HR archives, their bytes and sha256. The LR are made by `degrade`.
-DIV2K_URL = "https://data.vision.ee.ethz.ch/cvl/DIV2K/"
-DIV2K = {
-    "DIV2K_train_HR": (3530603713, "9d0b9c463f6e35b6c62cc6a930ee2224f670b34c1df841a57670f9acf0f6c335"),
-    "DIV2K_valid_HR": (448993893, "20dd31fd84d777bc1cf5d6b7654a3f569c0aec74458ae094122ad1d0489900fc"),
-}
-# Decoding a 2K image for every patch would starve the training. So each image becomes one .npy file, mapped into
-# memory: uint8 `(17, h, w, 3)`, LR and then HR, 16 times as large. Its name is a digest of what it was made from.
-# Each takes a file descriptor, of which other code needs some, too, and one of Linux's 65,530 maps.
-DESCRIPTORS = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else 2048
+if "avif" in features.modules and features.check("avif"):  # since Pillow 11.3
+    SUFFIXES[".avif"] = "AVIF"
 
 
 class UserError(OSError):
     """What the user can mend, beside faults of files: printed, as any OSError, as one line without a traceback."""
 
 
+def is_image(path):
+    """Whether a path is a file with the suffix of an image."""
+    return path.suffix.lower() in SUFFIXES and path.is_file()
+
+
+def first_image(folder):
+    """An image in a folder, or in one below, if there is any."""
+    return next(filter(is_image, folder.rglob("[!.]*")), None)
+
+
+def warn_of_unused(folder, paths):
+    """Warn of the files and folders in `folder` that are not used: their number, and the names of five at most."""
+    if not paths:
+        return
+    names = ", ".join(path.name for path in paths[:5])
+    if len(paths) > 5:
+        names += ", ..."
+    warnings.warn(f"{folder}: left out {len(paths)} files and folders: {names}")
+
+
+def warn_of_unused_images(folder, used):
+    """Warn of what holds images in `folder`, except `used`."""
+    others = [path for path in sorted(folder.iterdir()) if path not in used]
+    warn_of_unused(folder, [path for path in others if is_image(path) or first_image(path)])
+
+
 def list_images(folder: str | Path, *others: Path) -> list[Path]:
-    """The images in `folder`, by name. Prints how many files are left out, except `others`. Raises UserError."""
-    paths = sorted(path for path in Path(folder).iterdir() if path.name[0] != "." and path not in others)
-    images = [path for path in paths if path.suffix.lower() in SUFFIXES and path.is_file()]
+    """The images in `folder`, by name. Warns of what else is there, except `others`. Raises UserError if none are."""
+    folder = Path(folder)
+    images = []
+    left_out = []
+    for path in sorted(folder.iterdir()):
+        if is_image(path) and not path.name.startswith("."):
+            images.append(path)
+        elif path not in others and not path.name.startswith("."):
+            left_out.append(path)
     if not images:
-        deeper = (path.parent for path in Path(folder).rglob("[!.]*") if path.suffix.lower() in SUFFIXES)
-        hint = next((f"there are some in {path}" for path in deeper), f"supported are {' '.join(sorted(SUFFIXES))}")
-        raise UserError(f"no images in {folder}: {hint}")
-    if left_out := len(paths) - len(images):
-        print(f"{folder}: left out {left_out} of {len(paths)} files and subfolders: no images", file=sys.stderr)
+        deeper = first_image(folder)
+        if deeper:
+            raise UserError(f"no images in {folder}: there are some in {deeper.parent}")
+        raise UserError(f"no images in {folder}: supported are {' '.join(sorted(SUFFIXES))}")
+    warn_of_unused(folder, left_out)
     return images
 
 
-@contextlib.contextmanager
-def open_image(path: str | Path):
-    """Yield a file's content, and Pillow's image of it, not decoded yet. Errors inside become OSErrors of one line."""
-    Image.MAX_IMAGE_PIXELS = None  # large images are welcome
-    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 << 20  # so are long texts and colour profiles
-    TiffImagePlugin.READ_LIBTIFF = True  # Pillow's own reader takes planes of 16 bits for planes of 8
-    try:
-        if Path(path).exists() and not Path(path).is_file():
-            raise OSError("it is not a regular file")
-        content = Path(path).read_bytes()
-        try:
-            yield content, Image.open(io.BytesIO(content), formats=sorted(set(SUFFIXES.values())))
-        except Image.UnidentifiedImageError:
-            if kind := SUFFIXES.get(Path(path).suffix.lower()):
-                Image.OPEN[kind][0](io.BytesIO(content))  # raises why: "12-bit"
-            raise OSError(f"not one of {' '.join(sorted(set(SUFFIXES.values())))}") from None
-    except Exception as error:  # Pillow's decoders raise a dozen kinds on damaged files
-        why = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        why = next((plain for words, plain in PLAINLY.items() if words in why), why)
-        raise OSError(f"can't read {path}: {why}") from error
+def flock(file, shared=False, wait=True):
+    """Lock an open file, for this process alone or shared. Returns False where there are no locks.
 
-
-def read_image(path: str | Path) -> tuple[np.ndarray, np.ndarray | None, dict]:
-    """Read an image, the first of several, upright: pixels, alpha or None, and metadata. Raises OSError, in one line.
-
-    Pixels are `(h, w, 3)` RGB or `(h, w, 1)` grey, uint8 or, except from colour TIFF, uint16; alpha is `(h, w)`.
+    Raises BlockingIOError if another process has locked it and `wait` is False.
     """
-    with open_image(path) as (content, image):
-        image.load()
-        exif = image.getexif()  # Pillow turns a TIFF upright by itself, and removes the orientation here
-        icc, dpi = image.info.get("icc_profile"), image.info.get("dpi")
-        metadata = {"lossless": image.format == "WEBP" and b"VP8L" in content}
-        if image.format == "PNG" and content[24] == 16:  # Pillow reduces colour to 8 bits
-            import tensorflow as tf
-
-            pixels = tf.io.decode_png(content, 4 * ("transparency" in image.info), tf.uint16).numpy()
-        else:
-            tags, deep = image.tag_v2 if image.format == "TIFF" else {}, image.mode.startswith("I;16")
-            depth, black_is_zero = max(tags.get(258, (8,))), tags.get(262) == 1
-            if image.mode in ("I", "F") or (deep and not (depth == 16 and black_is_zero)):
-                raise OSError("unknown pixel mode")
-            if depth > 8 and not deep:
-                warnings.warn(f"{path} has {depth}-bit colour, of which 8 are read: convert it to PNG to keep 16")
-            if image.mode == "CMYK" and icc:
-                with contextlib.suppress(ImageCms.PyCMSError):  # the profile is damaged, or not for CMYK
-                    srgb = ImageCms.createProfile("sRGB")
-                    image = ImageCms.profileToProfile(image, io.BytesIO(icc), srgb, outputMode="RGB")
-            kind = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
-            image = image if deep else image.convert(kind + "A" * image.has_transparency_data)
-            pixels = np.asarray(image, np.uint16 if deep else np.uint8)
-    turns, step = ORIENTATIONS.get(exif.get(0x0112), (0, 1))
-    pixels = np.atleast_3d(np.rot90(pixels, turns)[:, ::step])
-    colours = 1 if pixels.shape[2] < 3 else 3
-    if icc and icc[16:20] == (b"GRAY" if colours == 1 else b"RGB "):  # that of CMYK has been used
-        metadata["icc_profile"] = icc
-    if dpi and all(1 <= number < 2**16 for number in dpi):
-        metadata["dpi"] = tuple(map(float, dpi))
-    with contextlib.suppress(Exception):  # damaged EXIF
-        exif.bigtiff = False  # whose form is for its own files only
-        for tag in (0xA002, 0xA003, 0xA005):  # width, height, interoperability
-            exif.get_ifd(EXIF_DETAILS).pop(tag, None)
-        for tag in exif.keys() - EXIF_TAGS:
-            del exif[tag]
-        if exif and len(exif.tobytes()) <= 65_533:  # the most that a JPEG holds
-            metadata["exif"] = exif.tobytes()
-    alpha = pixels[..., -1].copy() if pixels.shape[2] > colours else None
-    return np.ascontiguousarray(pixels[..., :colours]), alpha, metadata
-
-
-def read_rgb(path: str | Path) -> np.ndarray:
-    """Read any image as upright RGB, `(h, w, 3)` uint8, without its alpha. Raises OSError, in one line."""
-    pixels = to_8_bit(read_image(path)[0])
-    return np.repeat(pixels, 3 // pixels.shape[2], axis=2)
-
-
-def to_8_bit(values):
-    return np.uint8((values.astype(np.uint32) + 128) // 257) if values.dtype == np.uint16 else values
-
-
-def spread_colours(pixels: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Give transparent pixels of `(h, w, channels)` the colour of visible ones nearby, since their own would bleed."""
-    visible = (alpha > 0)[..., None]
-    if visible.all() or not visible.any():
-        return pixels
-    height, width, _ = pixels.shape
-    blocks = np.pad(np.dstack([pixels * visible, visible]), ((0, height % 2), (0, width % 2), (0, 0)))
-    blocks = blocks.reshape(-(-height // 2), 2, -(-width // 2), 2, -1).sum((1, 3), np.float32)
-    colours, counts = blocks[..., :-1] / np.maximum(blocks[..., -1:], 1), blocks[..., -1]
-    colours = spread_colours(colours, counts).repeat(2, axis=0).repeat(2, axis=1)[:height, :width]
-    return np.where(visible, pixels, colours).astype(pixels.dtype)
-
-
-def check_output(path: str | Path, width: int, height: int):
-    """Raise UserError if an image of this size, upscaled, can't be written to a file of this name."""
-    width, height, kind = SCALE * width, SCALE * height, SUFFIXES.get(Path(path).suffix.lower())
-    if kind is None:
-        raise UserError(f"can't write {path}: the name of an image ends in one of {' '.join(sorted(SUFFIXES))}")
-    too_many = kind in ("TIFF", "BMP") and 4 * width * height > 2**32 - 2**20  # bytes
-    if too_many or max(width, height) > LONGEST_SIDE.get(kind, 2**31 - 1):
-        raise UserError(f"can't write {path}: {width}x{height} is more than a {kind} holds, choose .png")
-
-
-def find_jobs(source: str, output: str) -> list[tuple[Path, Path]]:
-    """The images to read, each with the file to write, whose folder it makes. Raises OSError if that isn't possible."""
-    source, target = Path(source), Path(output)
-    if not source.is_dir():
-        jobs = [(source, target / source.name if output.endswith("/") or target.is_dir() else target)]
-        with open_image(source) as (_, image):
-            check_output(jobs[0][1], *image.size)
-    elif target.suffix.lower() in SUFFIXES or target.is_file():
-        raise UserError(f"--input {source} is a folder: --output must be a folder, too, not {target}")
-    else:
-        jobs = [(image, target / image.name) for image in list_images(source)]
-    originals = {os.path.realpath(image) for image, _ in jobs}
-    if both := [target for _, target in jobs if os.path.realpath(target) in originals]:
-        raise UserError(f"--output {both[0]} is also an input, and inputs are never overwritten")
-    folder = jobs[0][1].parent
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"can't write {jobs[0][1]}: {folder} is read-only")
-    return jobs
-
-
-def write_image(path: str | Path, pixels: np.ndarray, alpha: np.ndarray | None = None, metadata: dict = {}):
-    """Write an image in the format of the path's suffix. Warns if that has no alpha, so white behind it, or 16 bits."""
-    kind, (height, width, channels) = SUFFIXES[Path(path).suffix.lower()], pixels.shape
-    keeps_16_bits = {"PNG": height * width <= 500e6, "TIFF": channels == 1 and alpha is None}.get(kind)  # TF's limit
-    if pixels.dtype == np.uint16 and not keeps_16_bits:
-        warnings.warn(f"{path} is written with 8 of the image's 16 bits: .png keeps them, up to 500 megapixels")
-        pixels, alpha = to_8_bit(pixels), None if alpha is None else to_8_bit(alpha)
-    grey_as_rgb = {"icc_profile": None} if kind == "WEBP" and channels == 1 else {}
-    with atomic_write(path) as temporary:
-        if pixels.dtype == np.uint16 and kind == "PNG":  # Pillow writes only 8 bits
-            import tensorflow as tf
-
-            pixels = pixels if alpha is None else np.dstack([pixels, alpha])
-            temporary.write_bytes(tf.io.encode_png(pixels).numpy())
-            return
-        made = Image.fromarray(pixels if channels == 3 else pixels[..., 0])
-        if alpha is not None and kind not in ("JPEG", "BMP"):
-            made.putalpha(Image.fromarray(alpha))
-        elif alpha is not None and alpha.min() < 255:
-            warnings.warn(f"{path} can't hold transparency: the image is put on white")
-            made = Image.composite(made, Image.new(made.mode, made.size, "white"), Image.fromarray(alpha))
-        made.save(temporary, kind, quality=95, subsampling="4:4:4", **metadata | grey_as_rgb)
-
-
-@contextlib.contextmanager
-def atomic_write(path: str | Path):
-    """Yield a temporary path, moved to `path` at the end: written whole, or not at all. OSErrors inside name `path`."""
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        # In a private folder nobody else can write to the temporary file, or put a link in its place.
-        with tempfile.TemporaryDirectory(".tmp", ".srgan-", Path(path).parent) as folder:
-            temporary = Path(folder) / Path(path).name
-            yield temporary
-            if temporary.is_file():
-                with open(temporary, "rb+") as file:
-                    os.fsync(file.fileno())
-            os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f"can't write {path}: {error.strerror or error}") from error
+        import fcntl
 
-
-def degrade(hr: np.ndarray) -> np.ndarray:
-    """The 4x degradation: `(4h, 4w, 3)` to `(h, w, 3)`, MATLAB's `imresize(hr, 1/4)` beyond 4 LR pixels from edges."""
-    height, width = hr.shape[0] // SCALE, hr.shape[1] // SCALE
-    image = Image.fromarray(hr).crop((0, 0, SCALE * width, SCALE * height))
-    image = image.resize((SCALE * width, height), Image.Resampling.BICUBIC)  # MATLAB, too, rounds between the passes
-    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
-
-
-def bicubic(image: np.ndarray) -> np.ndarray:
-    """The 4x bicubic interpolation: `(h, w, 3)` to `(4h, 4w, 3)`; also of alpha, `(h, w)` uint8 or uint16."""
-    height, width = image.shape[:2]
-    return np.asarray(Image.fromarray(image).resize((width * SCALE, height * SCALE), Image.Resampling.BICUBIC))
-
-
-def scoring_pairs(folder: str | Path) -> list[tuple[str, Path, Path | None]]:
-    """The images to score on: `(name, HR path, LR path or None)`. Raises UserError if only some have an LR.
-
-    `folder` holds the HR, or `HR/`, and perhaps the LR, beside them or in `LR_x4/`, `LR/` or `LR_bicubic/X4/`; DIV2K's
-    folders have its name before that. The LR of X.png or X_HR.png is X.png, Xx4.png, X_x4.png or X_LR.png.
-    """
-    prefix = max((path.name.removesuffix("HR") for path in Path(folder).glob("DIV2K_*_HR")), default="")
-    hr_folder, *lr_folders = (Path(folder) / f"{prefix}{x}" for x in "HR LR_x4 LR LR_bicubic/X4 LR_bicubic".split())
-    hr_paths = list_images(hr_folder if hr_folder.is_dir() else folder, *lr_folders)
-    lr_folder = next(filter(Path.is_dir, lr_folders), None)
-    lr_paths = {path.stem: path for path in (list_images(lr_folder) if lr_folder else hr_paths)}
-    pairs = {}
-    for path in hr_paths:
-        base = path.stem.removesuffix("_HR")
-        names = [base + ending for ending in ("x4", "_x4", "_LR", "") if lr_folder or base + ending != path.stem]
-        pairs[path] = next((lr_paths[name] for name in names if name in lr_paths), None)
-    used = set(pairs.values())
-    pairs = [(path.stem, path, lr) for path, lr in pairs.items() if path not in used]
-    alone = [path for _, path, lr in pairs if lr is None]
-    alone += [path for path in lr_paths.values() if lr_folder and path not in used]
-    if alone and (lr_folder or len(alone) < len(pairs) or any(path.stem.endswith("_LR") for path in alone)):
-        raise UserError(f"{alone[-1]} has no partner: HR and LR images go by name, and all have one, or none has")
-    return pairs
-
-
-def read_pair(hr_path: str | Path, lr_path: str | Path | None) -> tuple[np.ndarray, np.ndarray]:
-    """LR `(h, w, 3)`, made from HR if it has no file, and HR `(4h, 4w, 3)`, or `(4h, 4w, 1)` if its file is grey."""
-    hr = to_8_bit(read_image(hr_path)[0])
-    lr = read_rgb(lr_path) if lr_path else degrade(np.repeat(hr, 3 // hr.shape[2], axis=2))
-    (h, w), (height, width) = lr.shape[:2], hr.shape[:2]
-    if min(height, width) < 2 * 4 + 11:  # the border that scores leave out, and the window of SSIM
-        raise UserError(f"{hr_path} is too small to score: {width}x{height}")
-    if (h, w) != (height // SCALE, width // SCALE):
-        raise UserError(f"{lr_path} is {w}x{h}, and a quarter of {hr_path} is {width // SCALE}x{height // SCALE}")
-    return lr, hr[: SCALE * h, : SCALE * w]
-
-
-def div2k(root: Path) -> Path:
-    """The folder with DIV2K's HR images, downloaded on first use, or continued. Raises OSError."""
-    with lock(root):
-        for name, (size, sha256) in DIV2K.items():
-            if (root / name).is_dir():
-                continue
-            archive, part = root / f"{name}.zip", root / f"{name}.zip.part"
-            if not archive.exists():  # the user may have put it there
-                download(f"{DIV2K_URL}{name}.zip", part, size)
-                archive = part
-            with open(archive, "rb") as file:
-                damaged = hashlib.file_digest(file, "sha256").hexdigest() != sha256
-            if damaged:
-                part.unlink(missing_ok=True)
-                raise OSError(f"{archive} is not the published archive: remove it, and run the same command again")
-            print(f"extracting {archive}", flush=True)
-            shutil.unpack_archive(archive, root / "unpacking", "zip")
-            (root / "unpacking" / name).rename(root / name)  # so a folder that exists is whole
-            part.unlink(missing_ok=True)
-    return root
-
-
-def download(url, path, size):  # or what is missing of it
-    here = path.stat().st_size if path.exists() else 0
-    if here < size:
-        try:
-            request = urllib.request.Request(url, headers={"Range": f"bytes={here}-"})
-            with urllib.request.urlopen(request, timeout=30) as answer:
-                here *= answer.status == 206  # otherwise the server sends all of it
-                bar = {"desc": path.name, "initial": here, "total": size, "disable": None}
-                with open(path, "ab" if here else "wb") as file, tqdm.wrapattr(file, "write", **bar) as out:
-                    shutil.copyfileobj(answer, out)
-            if path.stat().st_size < size:
-                raise OSError("the connection ended early")
-        except (OSError, http.client.HTTPException) as error:
-            raise OSError(f"can't download {url} ({error}): run the command again, or use --data_dir") from error
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        fcntl.flock(file, kind if wait else kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except (ImportError, OSError):  # Windows, or a file system without locks
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -323,35 +109,710 @@ def lock(folder: str | Path, wait: bool = True):
     Path(folder).mkdir(parents=True, exist_ok=True)
     with open(Path(folder) / ".lock", "a") as file:
         try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            flock(file, wait=False)
         except BlockingIOError as error:
-            raise UserError(f"another process uses {folder}: wait until it ends, or choose another folder") from error
-        except (ImportError, OSError):
-            pass  # Windows, or a file system without locks
+            if not wait:
+                raise UserError(
+                    f"another process uses {folder}: wait until it ends, or choose another folder"
+                ) from error
+            warnings.warn(f"waiting for another process that uses {folder}")
+            flock(file)
         yield
 
 
-class PreparedImages:
-    """Images mapped into memory: `images[i]` is LR `(h, w, 3)` and HR `(4h, 4w, 3)`, `sizes[i]` LR's h and w."""
+def check_replaceable(path):
+    """Raise OSError if there is something at `path` that must not be replaced."""
+    if path.exists() and not path.is_file():
+        raise OSError("it is not a regular file")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise OSError("it is write-protected")
 
-    def __init__(self, prepared: dict[Path, Path]):  # by the original
-        self.names, self.paths = [path.name for path in prepared], list(prepared.values())
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path):
+    """Yield a temporary path, moved to `path` at the end: written whole, or not at all.
+
+    If `path` is a link, what it links to is replaced. A file without write permission is not. OSErrors, also those
+    inside, name `path`.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        check_replaceable(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # In a private folder nobody else can write to the temporary file, or put a link in its place.
+        with tempfile.TemporaryDirectory(".tmp", ".srgan-", target.parent) as folder:
+            temporary = Path(folder) / Path(path).name
+            yield temporary
+            if temporary.is_file():
+                with open(temporary, "rb+") as file:
+                    os.fsync(file.fileno())
+            os.replace(temporary, target)
+    except OSError as error:
+        raise OSError(f"can't write {path}: {error.strerror or error}") from error
+
+
+# ---- Reading ----
+
+Image.MAX_IMAGE_PIXELS = None  # large images are welcome
+PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20  # so are long texts and colour profiles
+PngImagePlugin.MAX_TEXT_MEMORY = 64 << 20
+TiffImagePlugin.READ_LIBTIFF = True  # Pillow's own reader takes planes of 16 bits for planes of 8
+FORMATS = sorted(set(SUFFIXES.values()))  # no others: Pillow would start Ghostscript for a PostScript file
+
+RARE = "its pixels are of a rare kind, such as 12 bits or float: save it as a PNG of 8 or 16 bits"
+
+ORIENTATION = 0x0112  # EXIF's and TIFF's tags
+EXIF_DETAILS = 0x8769
+NO_LONGER_HOLD = (0xA002, 0xA003, 0xA005)  # of the details: width, height, interoperability
+# What still holds when upscaled: description, camera, resolution, software, date, artist, copyright, exposure, GPS.
+EXIF_TAGS = {270, 271, 272, 282, 283, 296, 305, 306, 315, 33432, EXIF_DETAILS, 0x8825}
+XMP = 700
+# How often to turn an image left (`np.rot90`), and the step along its columns, which mirrors it if negative.
+TURNS = {2: (0, -1), 3: (2, 1), 4: (2, -1), 5: (3, -1), 6: (3, 1), 7: (1, -1), 8: (1, 1)}
+
+
+def explain(error):
+    """What an exception says, in one line."""
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    words = " ".join(str(getattr(error, "strerror", None) or error).split())
+    if "unknown pixel mode" in words:  # Pillow's words
+        return RARE
+    if isinstance(error, (OSError, SyntaxError, ValueError)) and words:
+        return words
+    return f"it is damaged ({type(error).__name__}: {words})"  # decoders raise a dozen kinds
+
+
+def hide_tags(content):
+    """A TIFF in which EXIF, XMP and resolution have the number of a tag that means nothing."""
+    hidden = bytearray(content)
+    order = "<" if content.startswith(b"II") else ">"
+    (directory,) = struct.unpack_from(order + "I", content, 4)
+    (count,) = struct.unpack_from(order + "H", content, directory)
+    for place in range(directory + 2, directory + 2 + 12 * count, 12):
+        (tag,) = struct.unpack_from(order + "H", content, place)
+        if tag in EXIF_TAGS or tag == XMP:
+            struct.pack_into(order + "H", hidden, place, 65_000)
+    return bytes(hidden)
+
+
+def drop_chunks(content):
+    """A PNG of its header, palette, transparency and pixels."""
+    kept = [content[:8]]
+    place = 8
+    while place < len(content):
+        length, kind = struct.unpack_from(">I4s", content, place)
+        end = place + length + 12
+        if kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
+            kept.append(content[place:end])
+        place = end
+    return b"".join(kept)
+
+
+def hide_metadata(content):
+    """A file that gives its pixels even if its metadata are damaged, as they are hidden from the reader."""
+    if content.startswith((b"II*\0", b"MM\0*")):
+        return hide_tags(content)
+    if content.startswith(b"\x89PNG"):
+        return drop_chunks(content)
+    return content.replace(b"Exif", b"none")  # as JPEG and AVIF call it
+
+
+def identify(content, load):
+    """Pillow's image of a file's content, decoded if `load`. Raises one of a dozen kinds of exception."""
+    image = Image.open(io.BytesIO(content), formats=FORMATS)
+    for name in ("icc_profile", "xmp"):  # which a TIFF may say are numbers
+        if not isinstance(image.info.get(name), bytes):
+            image.info.pop(name, None)
+    if load:
+        image.load()
+    return image
+
+
+def identify_or_explain(content, load, suffix):
+    """The same, even if metadata are damaged. Raises what says why a file with this suffix isn't read."""
+    try:
+        return identify(content, load)
+    except Exception as error:
+        with contextlib.suppress(Exception):
+            return identify(hide_metadata(content), load)
+        if not isinstance(error, Image.UnidentifiedImageError):
+            raise
+    if suffix in SUFFIXES:
+        Image.OPEN[SUFFIXES[suffix]][0](io.BytesIO(content))  # raises why: "12-bit"
+    raise OSError(f"not one of {' '.join(FORMATS)}")
+
+
+@contextlib.contextmanager
+def open_image(path: str | Path, load: bool = False):
+    """Yield a file's content, and Pillow's image of it, decoded if `load`.
+
+    All exceptions inside, except UserError, become OSErrors of one line: that this file can't be read, and why.
+    """
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is not a regular file")
+        content = path.read_bytes()
+        yield content, identify_or_explain(content, load, path.suffix.lower())
+    except UserError:
+        raise
+    except Exception as error:
+        raise OSError(f"can't read {path}: {explain(error)}") from error
+
+
+def decode_png_16(content, image):
+    """The pixels and perhaps alpha of a PNG of 16 bits, of which Pillow keeps 8."""
+    import tensorflow as tf
+
+    if "transparency" not in image.info:  # one colour that is transparent
+        return tf.io.decode_png(content, dtype=tf.uint16).numpy()
+    rgba = tf.io.decode_png(content, 4, tf.uint16).numpy()
+    return rgba[..., 2:] if content[25] == 0 else rgba
+
+
+def decode(path, content, image):
+    """The pixels and perhaps alpha, uint8 or uint16, of a loaded image."""
+    if image.format == "PNG":
+        depth, colour_type = content[24:26]
+        if depth == 16:
+            return decode_png_16(content, image)
+        if depth in (2, 4) and colour_type == 0 and "transparency" in image.info:
+            image.info["transparency"] *= 255 // (2**depth - 1)  # as Pillow does with the pixels only
+    deep = image.mode.startswith("I;16")
+    if image.format == "TIFF":
+        depth = max(image.tag_v2.get(258, (8,)))
+        black_is_zero = image.tag_v2.get(262) == 1
+        if deep and not (depth == 16 and black_is_zero):
+            raise OSError(RARE)
+        if depth > 8 and not deep:
+            warnings.warn(f"{path} has {depth}-bit colour, of which 8 are read: convert it to PNG to keep 16")
+    if image.mode in ("I", "F"):
+        raise OSError(RARE)
+    if deep:
+        return np.asarray(image, np.uint16)
+    if image.mode == "CMYK" and "icc_profile" in image.info:
+        with contextlib.suppress(ImageCms.PyCMSError):  # the profile is damaged, or not for CMYK
+            profile = io.BytesIO(image.info["icc_profile"])
+            image = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
+    if image.has_transparency_data:
+        mode += "A"
+    return np.asarray(image.convert(mode))
+
+
+# The codes of PNG's cICP and AVIF's nclx for what looks like sRGB: BT.709 and its like, sRGB, or not told.
+PRIMARIES = (1, 2)
+TRANSFERS = (1, 2, 6, 13, 14, 15)
+SRGB_GAMMA = 0.45455
+SRGB_CHROMATICITY = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
+
+
+def is_srgb(content, image):
+    """Whether a file's pixels are to be shown as sRGB, or by a colour profile, which is kept."""
+    info = image.info
+    if "icc_profile" in info:
+        return True
+    codes = b""
+    if image.format == "PNG":
+        header = content[: content.find(b"IDAT")]
+        codes = header.partition(b"\0\0\0\4cICP")[2][:2]
+    elif image.format == "AVIF":
+        codes = content.partition(b"colrnclx")[2][1:4:2]
+    if len(codes) == 2:
+        return codes[0] in PRIMARIES and codes[1] in TRANSFERS
+    if image.format != "PNG" or "srgb" in info:
+        return True
+    numbers = (info.get("gamma", SRGB_GAMMA), *info.get("chromaticity", SRGB_CHROMATICITY))
+    return np.allclose(numbers, (SRGB_GAMMA, *SRGB_CHROMATICITY), atol=0.01)
+
+
+def count_frames(content):
+    """How many frames or pages a file has. Of a JPEG, one: what cameras put behind it are previews."""
+    with contextlib.suppress(Exception):  # damaged
+        image = Image.open(io.BytesIO(content), formats=FORMATS)  # opened anew, as counting moves on to the last page
+        if image.format != "MPO":
+            return getattr(image, "n_frames", 1)
+    return 1
+
+
+def warn_of_losses(path, content, image):
+    """Warn of what a file says or holds and reading leaves out."""
+    frames = count_frames(content)
+    if frames > 1:
+        warnings.warn(f"{path} has {frames} frames or pages: only the first is read")
+    if not is_srgb(content, image):
+        warnings.warn(f"{path} has colours other than sRGB, and no profile: they may look lighter, darker or duller")
+
+
+def read_orientation(exif):
+    """How to turn an image upright: quarter turns to the left, and then the step along its columns, -1 to mirror."""
+    with contextlib.suppress(Exception):  # damaged
+        return TURNS.get(exif.get(ORIENTATION), (0, 1))
+    return (0, 1)
+
+
+def read_metadata(image, exif, channels):
+    """What holds for an upscaled image, too, and isn't damaged: the arguments of Pillow's `save`.
+
+    They are `icc_profile`, `dpi` and `exif`.
+    """
+    metadata = {}
+    icc = image.info.get("icc_profile", b"")
+    if icc[16:20] == (b"GRAY" if channels == 1 else b"RGB "):  # that of CMYK has been used
+        metadata["icc_profile"] = icc
+    with contextlib.suppress(Exception):  # there is none, or it is damaged
+        horizontal, vertical = map(float, image.info["dpi"])
+        if 1 < horizontal < 65_535 and 1 < vertical < 65_535:
+            metadata["dpi"] = (horizontal, vertical)
+    with contextlib.suppress(Exception):
+        exif.bigtiff = False  # whose form is for its own files only
+        details = exif.get_ifd(EXIF_DETAILS)
+        for tag in NO_LONGER_HOLD:
+            details.pop(tag, None)
+        for tag in exif.keys() - EXIF_TAGS:
+            del exif[tag]
+        if exif and len(exif.tobytes()) <= 65_533:  # the most that a JPEG holds
+            metadata["exif"] = exif.tobytes()
+    return metadata
+
+
+def read_image(path: str | Path) -> tuple[np.ndarray, np.ndarray | None, dict]:
+    """Read an image, the first of several, upright: pixels, alpha or None, and metadata. Raises OSError, in one line.
+
+    Pixels are `(h, w, 3)` RGB or `(h, w, 1)` grey, uint8 or, except from colour TIFF, uint16; alpha is `(h, w)`. The
+    metadata are what `write_image` takes. What is damaged of them is left out.
+    """
+    with open_image(path, load=True) as (content, image):
+        warn_of_losses(path, content, image)
+        exif = Image.Exif()
+        with contextlib.suppress(Exception):  # damaged
+            exif = image.getexif()  # Pillow turns a TIFF upright by itself, and removes the orientation here
+        pixels = decode(path, content, image)
+        turns, step = read_orientation(exif)
+        pixels = np.atleast_3d(np.rot90(pixels, turns)[:, ::step])
+        channels = 1 if pixels.shape[2] < 3 else 3
+        metadata = read_metadata(image, exif, channels)
+        metadata["lossless"] = image.format == "WEBP" and b"VP8L" in content
+    alpha = None
+    if pixels.shape[2] > channels:
+        alpha = pixels[..., -1].copy()
+    return np.ascontiguousarray(pixels[..., :channels]), alpha, metadata
+
+
+def to_8_bit(values: np.ndarray) -> np.ndarray:
+    """uint16, 0 to 65535, as uint8, 0 to 255, rounded; uint8 as it is."""
+    if values.dtype == np.uint8:
+        return values
+    return np.uint8((values.astype(np.uint32) + 128) // 257)
+
+
+def to_rgb(pixels: np.ndarray) -> np.ndarray:
+    """Grey, `(..., 1)`, as RGB, `(..., 3)`; RGB as it is."""
+    if pixels.shape[-1] == 3:
+        return pixels
+    return np.repeat(pixels, 3, axis=-1)
+
+
+def read_rgb(path: str | Path) -> np.ndarray:
+    """Read any image as upright RGB, `(h, w, 3)` uint8, without its alpha. Raises OSError, in one line."""
+    pixels, _, _ = read_image(path)
+    return to_rgb(to_8_bit(pixels))
+
+
+# ---- Writing ----
+
+LONGEST_SIDE = {"JPEG": 65_500, "WEBP": 16_383, "AVIF": 32_768}  # libjpeg's is a little less than JPEG's own
+# zlib's level. Default is 6: TIMES
+PNG_LEVEL = 3
+NO_ALPHA = ("JPEG", "BMP")
+
+
+def check_output(path: str | Path, width: int, height: int):
+    """Raise UserError if an image of this size, upscaled, can't be written to a file of this name."""
+    kind = SUFFIXES.get(Path(path).suffix.lower())
+    if kind is None:
+        raise UserError(f"can't write {path}: the name of an image ends in one of {' '.join(sorted(SUFFIXES))}")
+    width *= SCALE
+    height *= SCALE
+    too_long = max(width, height) > LONGEST_SIDE.get(kind, 2**31 - 1)
+    too_large = kind in ("TIFF", "BMP") and 4 * width * height > 2**32 - 2**20  # bytes
+    if too_long or too_large:
+        raise UserError(f"can't write {path}: {width}x{height} is more than a {kind} holds, choose .png")
+    try:
+        check_replaceable(Path(os.path.realpath(path)))
+    except OSError as error:
+        raise UserError(f"can't write {path}: {error}") from error
+
+
+def spread_colours(pixels: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """Give transparent pixels of `(h, w, channels)` the colour of visible ones nearby, since their own would bleed."""
+    visible = (alpha > 0)[..., None]
+    if visible.all() or not visible.any():
+        return pixels
+    height, width, _ = pixels.shape
+    # The means of the visible pixels in blocks of 2x2, with the number of them as alpha, and so on.
+    blocks = np.dstack([pixels * visible, visible])
+    blocks = np.pad(blocks, ((0, height % 2), (0, width % 2), (0, 0)))
+    blocks = blocks.reshape(-(-height // 2), 2, -(-width // 2), 2, -1).sum((1, 3), np.float32)
+    counts = blocks[..., -1]
+    colours = blocks[..., :-1] / np.maximum(counts, 1)[..., None]
+    colours = spread_colours(colours, counts).repeat(2, axis=0).repeat(2, axis=1)[:height, :width]
+    return np.where(visible, pixels, colours).astype(pixels.dtype)
+
+
+def keeps_16_bits(kind, pixels, alpha):
+    """Whether a format, by Pillow's name, takes these pixels in 16 bits."""
+    height, width, channels = pixels.shape
+    if kind == "TIFF":
+        return channels == 1 and alpha is None
+    return kind == "PNG" and height * width <= 500e6  # TensorFlow's limit
+
+
+def encode(path, kind, pixels, alpha, metadata):
+    """Write to a file, in a format by Pillow's name, what that can hold. Raises one of many kinds of exception."""
+    channels = pixels.shape[2]
+    if pixels.dtype == np.uint16 and kind == "PNG":  # of which Pillow writes only 8 bits
+        import tensorflow as tf
+
+        if alpha is not None:
+            pixels = np.dstack([pixels, alpha])
+        path.write_bytes(tf.io.encode_png(pixels, PNG_LEVEL).numpy())
+        return
+    image = Image.fromarray(pixels if channels == 3 else pixels[..., 0])
+    if alpha is not None and kind in NO_ALPHA:
+        image = Image.composite(image, Image.new(image.mode, image.size, "white"), Image.fromarray(alpha))
+    elif alpha is not None:
+        image.putalpha(Image.fromarray(alpha))
+    if channels == 1 and kind in ("WEBP", "AVIF"):  # which are always RGB
+        metadata = metadata | {"icc_profile": None}
+    image.save(path, kind, quality=95, subsampling="4:4:4", compress_level=PNG_LEVEL, **metadata)
+
+
+def write_image(path: str | Path, pixels: np.ndarray, alpha: np.ndarray | None = None, metadata: dict = {}):
+    """Write `read_image`'s pixels, alpha and metadata in the format of the path's suffix. Raises OSError, in one line.
+
+    Warns if the format has no alpha, so white is put behind the image, or no 16 bits. Several threads may write and
+    read at once.
+    """
+    kind = SUFFIXES[Path(path).suffix.lower()]
+    if pixels.dtype == np.uint16 and not keeps_16_bits(kind, pixels, alpha):
+        warnings.warn(f"{path} is written with 8 of the image's 16 bits: .png keeps them, up to 500 megapixels")
+        pixels = to_8_bit(pixels)
+        if alpha is not None:
+            alpha = to_8_bit(alpha)
+    if alpha is not None and kind in NO_ALPHA and alpha.min() < 255:
+        warnings.warn(f"{path} can't hold transparency: the image is put on white")
+    with atomic_write(path) as temporary:
+        try:
+            encode(temporary, kind, pixels, alpha, metadata)
+        except Exception as error:
+            raise OSError(explain(error)) from error
+
+
+# ---- Resampling ----
+
+
+def degrade(hr: np.ndarray) -> np.ndarray:
+    """The 4x degradation: `(4h, 4w, 3)` to `(h, w, 3)`, MATLAB's `imresize(hr, 1/4)` beyond 4 LR pixels from edges."""
+    height = hr.shape[0] // SCALE
+    width = hr.shape[1] // SCALE
+    image = Image.fromarray(hr).crop((0, 0, SCALE * width, SCALE * height))
+    image = image.resize((SCALE * width, height), Image.Resampling.BICUBIC)  # MATLAB, too, rounds between the passes
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def bicubic(image: np.ndarray) -> np.ndarray:
+    """The 4x bicubic interpolation: `(h, w, 3)` to `(4h, 4w, 3)`; also of alpha, `(h, w)` uint8 or uint16."""
+    height, width = image.shape[:2]
+    return np.asarray(Image.fromarray(image).resize((SCALE * width, SCALE * height), Image.Resampling.BICUBIC))
+
+
+# ---- Pairs to score ----
+
+SETS = ("DIV2K_valid_", "DIV2K_train_", "")  # what precedes the names of folders
+LR_FOLDERS = ("LR_x4", "LR", "LR_bicubic/X4", "LR_bicubic")
+LR_ENDINGS = ("x4", "_x4", "_LR", "")
+SMALLEST = 2 * 4 + 11  # the border that scores leave out, and the window of SSIM
+
+
+def find_folders(folder):
+    """The folder of the originals, and that of their small images or None. Raises UserError if it isn't clear."""
+    for prefix in SETS:
+        hr_folder = folder / f"{prefix}HR"
+        if hr_folder.is_dir():
+            break
+    else:
+        hr_folder = folder
+    for name in LR_FOLDERS:
+        lr_folder = folder / f"{prefix}{name}"
+        if lr_folder.is_dir():
+            return hr_folder, lr_folder
+    for path in sorted(folder.iterdir()):
+        seems_lr = re.match(f"{prefix}(.*[_-])?LR", path.name, re.IGNORECASE)
+        if seems_lr and first_image(path):
+            raise UserError(f"{path} has images, but another name than {prefix}LR_x4: rename it, or move it away")
+    return hr_folder, None
+
+
+def find_lr(hr_path, lr_paths):
+    """The small image of an original, of those by name."""
+    name = hr_path.stem.removesuffix("_HR")
+    for ending in LR_ENDINGS:
+        lr_path = lr_paths.get(name + ending)
+        if lr_path not in (None, hr_path):
+            return lr_path
+    return None
+
+
+def scoring_pairs(folder: str | Path) -> list[tuple[str, Path, Path | None]]:
+    """The images to score on: `(name, HR path, LR path or None)`. Raises UserError if only some have an LR.
+
+    `folder` holds the HR, or `HR/`, and perhaps the LR, beside them or in `LR_x4/`, `LR/` or `LR_bicubic/X4/`; DIV2K's
+    folders have its name before that. The LR of X.png or X_HR.png is X.png, Xx4.png, X_x4.png or X_LR.png. Where there
+    are names with _HR, as in SelfExSR, images with neither are the results of other programs. Warns of what isn't used.
+    """
+    folder = Path(folder)
+    hr_folder, lr_folder = find_folders(folder)
+    used = [hr_folder]
+    if lr_folder:
+        used += [lr_folder, lr_folder.parent]
+    if hr_folder != folder:
+        warn_of_unused_images(folder, used)
+    images = list_images(hr_folder, *used)
+    originals = [path for path in images if path.stem.endswith("_HR")]
+    if not originals:
+        originals = [path for path in images if lr_folder or not path.stem.endswith("_LR")]
+    lr_paths = list_images(lr_folder) if lr_folder else images
+    lr_by_name = {path.stem: path for path in lr_paths}
+    partners = {path: find_lr(path, lr_by_name) for path in originals}
+
+    small = set(partners.values())
+    pairs = [(path.stem, path, lr_path) for path, lr_path in partners.items() if path not in small]
+    alone = [path for _, path, lr_path in pairs if lr_path is None]
+    if len(alone) == len(pairs) and not lr_folder:
+        alone = []  # none has an LR
+    results = []
+    for path in sorted({*images, *lr_paths} - partners.keys() - small):
+        if path.parent == lr_folder or path.stem.endswith("_LR"):
+            alone.append(path)
+        else:
+            results.append(path)
+    if alone:
+        raise UserError(f"{alone[0]} has no partner: HR and LR images go by name, and all have one, or none has")
+    warn_of_unused(folder, results)
+    return pairs
+
+
+def read_pair(hr_path: str | Path, lr_path: str | Path | None) -> tuple[np.ndarray, np.ndarray]:
+    """LR `(h, w, 3)`, made from HR if it has no file, and HR `(4h, 4w, 3)`, or `(4h, 4w, 1)` if its file is grey.
+
+    Raises UserError if they don't fit or are too small to score, and OSError, in one line.
+    """
+    hr = to_8_bit(read_image(hr_path)[0])
+    height, width = hr.shape[:2]
+    if min(height, width) < SMALLEST:
+        raise UserError(f"{hr_path} is too small to score: {width}x{height}")
+    lr = read_rgb(lr_path) if lr_path else degrade(to_rgb(hr))
+    h, w = lr.shape[:2]
+    if (h, w) != (height // SCALE, width // SCALE):
+        raise UserError(f"{lr_path} is {w}x{h}, and a quarter of {hr_path} is {width // SCALE}x{height // SCALE}")
+    return lr, hr[: SCALE * h, : SCALE * w]
+
+
+# ---- DIV2K ----
+
+# The archives of the HR images, their bytes and sha256. The LR are made by `degrade`.
+DIV2K_URL = "https://data.vision.ee.ethz.ch/cvl/DIV2K/"
+DIV2K = {
+    "DIV2K_train_HR": (3530603713, "9d0b9c463f6e35b6c62cc6a930ee2224f670b34c1df841a57670f9acf0f6c335"),
+    "DIV2K_valid_HR": (448993893, "20dd31fd84d777bc1cf5d6b7654a3f569c0aec74458ae094122ad1d0489900fc"),
+}
+
+
+def download(url, path, size):
+    """Download a file, or what is missing of it. Raises OSError, in one line."""
+    here = path.stat().st_size if path.exists() else 0
+    if here >= size:
+        return
+    try:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={here}-"})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            if answer.status != 206:
+                here = 0  # the server sends all of it
+            with open(path, "ab" if here else "wb") as file:
+                bar = {"desc": path.name, "initial": here, "total": size, "disable": None}
+                with tqdm.wrapattr(file, "write", **bar) as out:
+                    shutil.copyfileobj(answer, out)
+        if path.stat().st_size < size:
+            raise OSError("the connection ended early")
+    except (OSError, http.client.HTTPException) as error:
+        raise OSError(f"can't download {url} ({error}): run the command again, or train on other photos") from error
+
+
+def verify(archive, sha256, ours):
+    """Raise OSError if an archive isn't the published one. If it is `ours`, downloaded and not put there, remove it."""
+    with open(archive, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() == sha256:
+            return
+    if not ours:
+        raise UserError(f"{archive} is not the published archive: remove it, and run the same command again")
+    archive.unlink()
+    raise OSError(f"{archive} was not the published archive, and has been removed: run the same command again")
+
+
+def div2k(root: Path) -> Path:
+    """The folder with DIV2K's HR images, downloaded on first use, or continued. Raises OSError."""
+    with lock(root):
+        for name, (size, sha256) in DIV2K.items():
+            if (root / name).is_dir():
+                continue
+            archive = root / f"{name}.zip"
+            part = root / f"{name}.zip.part"
+            if archive.exists():  # the user has put it there
+                verify(archive, sha256, ours=False)
+            else:
+                download(f"{DIV2K_URL}{name}.zip", part, size)
+                verify(part, sha256, ours=True)
+                archive = part
+            print(f"extracting {archive}", flush=True)
+            shutil.unpack_archive(archive, root / "unpacking", "zip")
+            (root / "unpacking" / name).rename(root / name)  # so a folder that exists is whole
+            part.unlink(missing_ok=True)
+    return root
+
+
+# ---- Prepared images ----
+
+# Decoding a 2K image for every patch would starve the training. So each image becomes one .npy file, mapped into
+# memory: uint8 `(17, h, w, 3)`, LR and then HR, 16 times as large. Its name is a digest of what it was made from. The
+# files made from one folder are a store, whose name is the folder's, with a digest of its path.
+PREPARED = 1  # the version of their form, part of the digest
+# Each takes a file descriptor, of which other code needs some, too, and one of Linux's 65,530 maps.
+DESCRIPTORS = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else 2048
+IN_USE = {}  # by store, the open file whose shared lock keeps its images until this process ends
+
+
+@functools.lru_cache(min(max(DESCRIPTORS - 256, 64), 32_000))
+def open_prepared(path):
+    """LR and HR of a prepared file, mapped into memory."""
+    array = np.load(path, mmap_mode="r").view(np.ndarray)
+    return array[0], array[1:].reshape(SCALE * array.shape[1], -1, 3)
+
+
+def digest(value):
+    """32 characters that tell values, by what they look like printed, from others."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:32]
+
+
+class PreparedImages:
+    """Images mapped into memory: `images[i]` is LR `(h, w, 3)` and HR `(4h, 4w, 3)`, `sizes[i]` LR's h and w.
+
+    `files` are their prepared files, by the original.
+    """
+
+    def __init__(self, files: dict[Path, Path]):
+        self.names = [path.name for path in files]
+        self.paths = [str(path) for path in files.values()]
         self.sizes = np.array([lr.shape[:2] for lr, _ in self])
         self.fingerprint = digest([lr[len(lr) // 2].tobytes() for lr, _ in self])  # the same when moved
 
     def __len__(self):
         return len(self.paths)
 
-    @functools.lru_cache(min(max(DESCRIPTORS - 256, 64), 32_000))
     def __getitem__(self, i):
-        array = np.load(self.paths[i], mmap_mode="r").view(np.ndarray)
-        return array[0], array[1:].reshape(SCALE * array.shape[1], -1, 3)
+        return open_prepared(self.paths[i])
 
 
-def digest(value):
-    return hashlib.sha256(repr(value).encode()).hexdigest()[:32]
+def clean_store(store, needed):
+    """Remove what nobody needs, unless a process uses the store: images not `needed`, and what killed processes left.
+
+    Call it with the store locked, so that nobody begins to use it, or prepares images, meanwhile. Returns the open file
+    whose shared lock tells others that a process uses the store.
+    """
+    in_use = open(store / ".in_use", "a+")
+    with contextlib.suppress(BlockingIOError):
+        if flock(in_use, wait=False):
+            for path in set(store.glob("*.npy")) - needed:
+                path.unlink()
+            for folder in store.glob(".srgan-*.tmp"):
+                shutil.rmtree(folder, ignore_errors=True)
+    return in_use
+
+
+def is_whole(path):
+    """Whether a prepared file is there and not damaged."""
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        np.load(path, mmap_mode="r")
+        return True
+    return False
+
+
+def prepare_image(original, target):
+    """Decode and degrade an image. Returns why it can't be used, or None. Raises OSError if it can't be written."""
+    try:
+        hr = read_rgb(original)
+    except OSError as error:
+        return str(error)
+    height, width = hr.shape[:2]
+    if min(height, width) < HR_PATCH:
+        return f"{original} is smaller than a patch of {HR_PATCH}x{HR_PATCH}: {width}x{height}"
+    lr = degrade(hr)
+    hr = hr[: SCALE * lr.shape[0], : SCALE * lr.shape[1]]
+    with atomic_write(target) as temporary:
+        np.save(temporary, np.concatenate([lr[None], hr.reshape(-1, *lr.shape)]))
+    return None
+
+
+def prepare(folder, cache, *others):
+    """Prepare the images of a folder, except those that are. Returns the files of the usable ones."""
+    resolved = folder.resolve()
+    store = cache / "prepared" / f"{resolved.name[:40]}-{digest(str(resolved))[:8]}"
+    files = {}
+    for path in list_images(folder, *others):
+        about = path.stat()
+        files[path] = store / f"{digest((PREPARED, path.name, about.st_size, about.st_mtime_ns))}.npy"
+    total = len(files)
+    with lock(store):
+        (store / "folder").write_bytes(os.fsencode(resolved))
+        if store not in IN_USE:
+            IN_USE[store] = clean_store(store, set(files.values()))
+            flock(IN_USE[store], shared=True)
+        todo = [path for path in files if not is_whole(files[path])]  # not in threads: Python 3.11's ast fails there
+        with ThreadPool(min(os.cpu_count(), 16)) as pool:
+            found = pool.imap(lambda path: prepare_image(path, files[path]), todo)
+            problems = list(tqdm(found, "preparing images", len(todo), disable=None))
+    for path, problem in zip(todo, problems):
+        if problem:
+            warnings.warn(f"left out: {problem}")
+            del files[path]
+    if not files:
+        raise UserError(f"{folder} has no usable images (of {total}): each needs {HR_PATCH}x{HR_PATCH} pixels")
+    return files
+
+
+def clean_stale_stores(cache):
+    """Empty the stores of folders that are gone, unless they are in use."""
+    for note in cache.glob("prepared/*/folder"):
+        if not os.path.exists(note.read_bytes()):
+            with contextlib.suppress(UserError), lock(note.parent, wait=False):
+                clean_store(note.parent, set()).close()
+
+
+def find_cache(cache_dir):
+    """The folder for DIV2K and the prepared images: as given, or beside the program, or in the user's cache folder."""
+    folders = [Path(cache_dir)] if cache_dir else [Path(__file__).resolve().parent / "data"]
+    users = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not cache_dir and os.path.isabs(users):  # it is not for a user without a home
+        folders.append(Path(users) / "srgan")
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+            return folder
+        except OSError as error:
+            why = error.strerror
+    raise UserError(f"can't write to {folder} ({why}): choose another cache folder")
 
 
 def load(data_dir: str | Path | None = None, cache_dir: str | Path | None = None):
@@ -361,56 +822,43 @@ def load(data_dir: str | Path | None = None, cache_dir: str | Path | None = None
     always the same, validate. None: DIV2K, downloaded on first use. It and the prepared images lie in `cache_dir`, or
     else in `data/` beside the program, or, where that can't be written, in the user's cache folder.
     """
-    cache = Path(cache_dir or Path(__file__).resolve().parent / "data")
-    if not (cache_dir or os.access(cache if cache.exists() else cache.parent, os.W_OK)):
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "srgan"
+    cache = find_cache(cache_dir)
+    clean_stale_stores(cache)
     folder = Path(data_dir) if data_dir else div2k(cache / "DIV2K")
     trains = [folder / name for name in ("DIV2K_train_HR", "train") if (folder / name).is_dir()]
     valids = [folder / name for name in ("DIV2K_valid_HR", "valid", "val", "validation") if (folder / name).is_dir()]
-    images = prepare(trains[0] if trains else folder, cache, *valids)
+    used = trains[:1] + valids[:1]
+    if trains:
+        warn_of_unused_images(folder, used)
+    files = prepare(trains[0] if trains else folder, cache, *valids[:1])
     if valids:
-        return PreparedImages(images), PreparedImages(prepare(valids[0], cache))
-    if len(images) < 2:
-        raise UserError(f"{folder} needs at least 2 usable images, one of them for validation, but has {len(images)}")
+        return PreparedImages(files), PreparedImages(prepare(valids[0], cache))
+    if len(files) < 2:
+        raise UserError(f"{folder} needs at least 2 usable images, one of them for validation, but has {len(files)}")
     # A hash of the name decides which 3 % (1 to 10 images) validate, so adding an image moves at most one other.
-    paths = sorted(images, key=lambda path: hashlib.sha256(os.fsencode(path.name)).digest())
+    paths = sorted(files, key=lambda path: hashlib.sha256(os.fsencode(path.name)).digest())
     count = min(max(len(paths) * 3 // 100, 1), 10)
-    return tuple(PreparedImages({path: images[path] for path in sorted(p)}) for p in (paths[count:], paths[:count]))
+    train = {path: files[path] for path in sorted(paths[count:])}
+    valid = {path: files[path] for path in sorted(paths[:count])}
+    return PreparedImages(train), PreparedImages(valid)
 
 
-def prepare(folder: Path, cache: Path, *others: Path) -> dict[Path, Path]:
-    """Decode and degrade images, except those prepared already. Returns the files of the usable ones, by original."""
-    store = cache / "prepared" / f"{folder.resolve().name}-{digest(str(folder.resolve()))[:8]}"
-    stats = {path: path.stat() for path in list_images(folder, *others)}
-    targets = {p: store / f"{digest((1, p.name, s.st_size, s.st_mtime_ns))}.npy" for p, s in stats.items()}
+# ---- Patches ----
 
-    def is_prepared(path):
-        with contextlib.suppress(OSError, ValueError, EOFError):  # missing or damaged
-            return np.load(targets[path], mmap_mode="r") is not None
+VISIT_PIXELS = 400 * 400  # an epoch of training visits an image once per this many HR pixels
+JPEG_BLOCK = 16  # a patch needs the whole blocks of 16x16 pixels that it lies in,
+JPEG_SIDE = 48  # which are so large, wherever it lies
 
-    def prepare_image(path):  # returns why the image can't be used, or None
-        try:
-            hr = read_rgb(path)
-        except OSError as error:
-            return str(error)
-        if min(hr.shape[:2]) < HR_PATCH:
-            return f"{path} is smaller than a patch of {HR_PATCH}x{HR_PATCH}: {hr.shape[1]}x{hr.shape[0]}"
-        lr = degrade(hr)
-        hr = hr[: SCALE * lr.shape[0], : SCALE * lr.shape[1]]
-        with atomic_write(targets[path]) as temporary:
-            np.save(temporary, np.concatenate([lr[None], hr.reshape(-1, *lr.shape)]))
 
-    with lock(store), ThreadPool(min(os.cpu_count(), 16)) as pool:
-        for stale in set(store.glob("*.npy")).difference(targets.values()):
-            stale.unlink()
-        todo = [path for path in targets if not is_prepared(path)]  # not in the threads: Python 3.11's ast fails there
-        lines = dict(zip(todo, tqdm(pool.imap(prepare_image, todo), "preparing images", len(todo), disable=None)))
-    for line in filter(None, lines.values()):
-        print(f"left out: {line}", file=sys.stderr)
-    usable = {path: target for path, target in targets.items() if not lines.get(path)}
-    if not usable:
-        raise UserError(f"{folder} has no usable images (of {len(targets)}): each needs {HR_PATCH}x{HR_PATCH} pixels")
-    return usable
+def turn(square, way):
+    """Flip and turn a square, `(n, n)`, in one of the eight ways, 0 to 7."""
+    if way & 1:
+        square = square[::-1]
+    if way & 2:
+        square = square[:, ::-1]
+    if way & 4:
+        square = square.T
+    return square
 
 
 def patches(images: PreparedImages, batch_size: int, first_step: int, last_step: int, seed: int, jpeg=None):
@@ -422,51 +870,74 @@ def patches(images: PreparedImages, batch_size: int, first_step: int, last_step:
     """
     import tensorflow as tf
 
-    low, high = map(int, jpeg.split("-")) if jpeg else (0, 0)
-    # JPEG needs the whole blocks of 16x16 pixels that a patch lies in, wherever that is: 48x48 pixels.
-    block, side = (16, 48) if jpeg else (1, LR_PATCH)
-    span, positions = np.arange(side), np.arange(side * side, dtype=np.int32).reshape(side, side)
+    block, side = (JPEG_BLOCK, JPEG_SIDE) if jpeg else (1, LR_PATCH)
     visits = np.repeat(np.arange(len(images)), np.maximum(images.sizes.prod(axis=1) * SCALE**2 // VISIT_PIXELS, 1))
+    # Where in a flat window of side x side pixels the pixels of a patch are, by the way it is turned.
+    positions = np.arange(side * side, dtype=np.int32).reshape(side, side)[:LR_PATCH, :LR_PATCH]
+    turned = np.stack([turn(positions, way).ravel() for way in range(8)])
 
-    def turn(square, way):  # the eight ways to flip and turn it
-        square = square[:: -1 if way & 1 else 1, :: -1 if way & 2 else 1]
-        return square.T if way & 4 else square
+    @functools.lru_cache(2)
+    def order(epoch):
+        return np.random.default_rng([seed, 0, epoch]).permutation(visits)
 
-    turns = np.stack([turn(positions[:LR_PATCH, :LR_PATCH], way).ravel() for way in range(8)])
-    order = functools.lru_cache(2)(lambda epoch: np.random.default_rng([seed, 0, epoch]).permutation(visits))
-
-    def cut(step):
+    def draw(step):
+        """For each patch: its image, its top and left in LR pixels, how to turn it, and its JPEG quality or 0."""
         numbers = np.arange(batch_size) + (step - 1) * batch_size
-        chosen = np.array([order(epoch)[visit] for epoch, visit in zip(*divmod(numbers, len(visits)))])
+        epochs, places = divmod(numbers, len(visits))
+        chosen = np.array([order(epoch)[place] for epoch, place in zip(epochs, places)])
         rng = np.random.default_rng([seed, 1, step])
         tops, lefts = rng.integers(0, images.sizes[chosen].T - LR_PATCH, endpoint=True)
         ways = rng.integers(0, 8, batch_size)
-        qualities = rng.integers(0, 2, batch_size) * rng.integers(low, high, batch_size, endpoint=True)
-        lrs, hrs = (np.empty((batch_size, n, n, 3), np.uint8) for n in (side, HR_PATCH))
-        samples = np.stack([chosen, tops, lefts, ways], axis=1).tolist()
-        for (i, y, x, way), lr_out, hr_out in zip(samples, lrs, hrs):
-            lr, hr = images[i]
-            lr = lr[y - y % block :, x - x % block :][:side, :side]
-            lr.take(span, 0, mode="clip").take(span, 1, lr_out, mode="clip")  # JPEG, too, repeats the image's edge
-            hr = hr[SCALE * y :, SCALE * x :][:HR_PATCH, :HR_PATCH]
-            for channel in range(3):  # faster than all at once
-                hr_out[..., channel] = turn(hr[..., channel], way)
-        return lrs, hrs, np.int32(qualities), turns[ways] + np.int32(tops % block * side + lefts % block)[:, None]
-
-    def compress_and_turn(lrs, hrs, qualities, places):
-        lrs = tf.reshape(lrs, (batch_size, side, side, 3))
+        qualities = np.zeros(batch_size, np.int32)
         if jpeg:
-            which = tf.where(qualities > 0)
-            one_by_one = {"fn_output_signature": tf.TensorSpec((side, side, 3), tf.uint8), "parallel_iterations": 1}
-            code = functools.partial(tf.image.adjust_jpeg_quality, dct_method="INTEGER_ACCURATE")  # as Pillow
-            coded = tf.map_fn(lambda n: code(lrs[n[0]], qualities[n[0]]), which, **one_by_one)
-            lrs = tf.tensor_scatter_nd_update(lrs, which, coded)
-        lrs = tf.gather(tf.reshape(lrs, (batch_size, side * side, 3)), places, batch_dims=1)
-        hrs = tf.reshape(hrs, (batch_size, HR_PATCH, HR_PATCH, 3))
-        return tf.reshape(lrs, (batch_size, LR_PATCH, LR_PATCH, 3)), hrs
+            low, high = map(int, jpeg.split("-"))
+            compressed = rng.integers(0, 2, batch_size)
+            qualities[:] = compressed * rng.integers(low, high, batch_size, endpoint=True)
+        return chosen, tops, lefts, ways, qualities
 
-    types, options = (tf.uint8, tf.uint8, tf.int32, tf.int32), tf.data.Options()
+    def cut(step):
+        """Windows of the LR that hold the patches, the HR patches, qualities, and where in a window the patch is."""
+        chosen, tops, lefts, ways, qualities = draw(step)
+        windows = np.empty((batch_size, side, side, 3), np.uint8)
+        hrs = np.empty((batch_size, HR_PATCH, HR_PATCH, 3), np.uint8)
+        for n, (i, top, left, way) in enumerate(np.stack([chosen, tops, lefts, ways], axis=1).tolist()):
+            lr, hr = images[i]
+            window = lr[top - top % block :, left - left % block :][:side, :side]
+            if window.shape[:2] != (side, side):  # JPEG, too, repeats the image's edge
+                rows, columns = window.shape[:2]
+                window = np.pad(window, ((0, side - rows), (0, side - columns), (0, 0)), "edge")
+            windows[n] = window
+            hr = hr[SCALE * top :, SCALE * left :][:HR_PATCH, :HR_PATCH]
+            for channel in range(3):  # TIMES as fast as all at once
+                hrs[n, ..., channel] = turn(hr[..., channel], way)
+        places = turned[ways] + np.int32(tops % block * side + lefts % block)[:, None]
+        return windows, hrs, qualities, places
+
+    def compress(windows, qualities):
+        """Save and read those windows as JPEG that have a quality."""
+        chosen = tf.where(qualities > 0)[:, 0]
+
+        def save_and_read(n):
+            return tf.image.adjust_jpeg_quality(windows[n], qualities[n], dct_method="INTEGER_ACCURATE")  # as Pillow
+
+        spec = tf.TensorSpec((side, side, 3), tf.uint8)
+        compressed = tf.map_fn(save_and_read, chosen, parallel_iterations=1, fn_output_signature=spec)
+        return tf.tensor_scatter_nd_update(windows, chosen[:, None], compressed)
+
+    def finish(windows, hrs, qualities, places):
+        """Compress, crop and turn LR; give both shapes."""
+        windows = tf.reshape(windows, (batch_size, side, side, 3))
+        if jpeg:
+            windows = compress(windows, qualities)
+        lrs = tf.gather(tf.reshape(windows, (batch_size, side * side, 3)), places, batch_dims=1)
+        lrs = tf.reshape(lrs, (batch_size, LR_PATCH, LR_PATCH, 3))
+        return lrs, tf.reshape(hrs, (batch_size, HR_PATCH, HR_PATCH, 3))
+
+    def cut_in_python(step):
+        return tf.numpy_function(cut, [step], (tf.uint8, tf.uint8, tf.int32, tf.int32), stateful=False)
+
+    options = tf.data.Options()
     options.threading.private_threadpool_size = os.cpu_count()  # training on a CPU has one thread
     steps = tf.data.Dataset.range(first_step + 1, last_step + 1).with_options(options)
-    cuts = steps.map(lambda step: tf.numpy_function(cut, [step], types, stateful=False), 1, deterministic=True)
-    return cuts.map(compress_and_turn, os.cpu_count(), deterministic=True).prefetch(4)
+    cuts = steps.map(cut_in_python, num_parallel_calls=1, deterministic=True)
+    return cuts.map(finish, num_parallel_calls=os.cpu_count(), deterministic=True).prefetch(4)

@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import keras
@@ -531,9 +532,9 @@ def report_new_rates(run_dir: Path, before: dict, args):
         step = int(paths[-1].stem)
         old_steps = before[flag]
         new_steps = getattr(args, flag)
-        old = float(learning_rates(phase, old_steps, args)(step))
+        old = float(learning_rates(phase, old_steps, SimpleNamespace(**before))(step))
         new = float(learning_rates(phase, new_steps, args)(step))
-        if step < new_steps and old != new:
+        if new_steps != old_steps and new_steps > step and old != new:
             change = f"at step {step}, the learning rate changes from {old:.2g} to {new:.2g}"
             print(f"{phase}: {new_steps} steps instead of {old_steps}: {change}")
 

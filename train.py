@@ -251,11 +251,6 @@ class Average:
             self.network(lr, training=True)
 
 
-def make_upscaler(network):
-    """What validation upscales with."""
-    return model.make_upscaler(network)
-
-
 def middle(lr: np.ndarray, hr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Cut the middle of an image, of both sizes."""
     side = VALIDATION_SIDE
@@ -409,7 +404,7 @@ def fit(phase: Phase, images, validation_pairs, args):
 
     # Made by each worker, since they wait for one another where variables are made, though only the chief validates.
     average = Average(phase, images, args)
-    upscaler = make_upscaler(average.network)
+    upscaler = model.Upscaler(average.network)
     writer = tf.summary.create_noop_writer()
     if chief:
         writer = tf.summary.create_file_writer(f"{args.run_dir}/logs/{phase.name}")
@@ -428,6 +423,7 @@ def fit(phase: Phase, images, validation_pairs, args):
 
     def log_validation():
         average.update()
+        upscaler.load(average.network)
         log(*validate(upscaler, validation_pairs, phase.vgg))
 
     def due(every):  # whether this call has reached a multiple of `every` steps, or the end

@@ -73,7 +73,7 @@ def finished(tiny_networks, whole, tmp_path):
 @pytest.fixture
 def short_networks(monkeypatch):
     """The real generator with 2 of its 16 blocks, all of which are alike."""
-    monkeypatch.setattr(model, "BLOCKS", 2)
+    monkeypatch.setattr(model, "generator", functools.partial(model.generator, blocks=2))
 
 
 def curves(run_dir, phase):
@@ -108,14 +108,15 @@ def assert_same_curves(run_dir, other):
         assert curves(run_dir, phase) == curves(other, phase)
 
 
-def assert_nearly_same(run_dir, other, atol=1e-5):
-    one = tiny.generator()
-    two = tiny.generator()
+def assert_nearly_same(run_dir, other, grey_levels=0.01):
+    """Networks upscale an image alike. Not so their weights: a bias before a normalisation drifts."""
+    network = tiny.generator()
+    image = np.float32(make_image(9)[None])
     for name in (SRRESNET, SRGAN):
-        model.load_weights(one, run_dir / name)
-        model.load_weights(two, other / name)
-        for a, b in zip(one.get_weights(), two.get_weights()):
-            np.testing.assert_allclose(a, b, rtol=1e-4, atol=atol)
+        model.load_weights(network, run_dir / name)
+        ours = network(image)
+        model.load_weights(network, other / name)
+        assert np.mean(np.abs(ours - network(image))) < grey_levels
 
 
 # ---- The optimizer, averages and validation ----
@@ -592,7 +593,7 @@ def test_the_release_recipe_on_two_devices_trains_like_on_one(runs):
     folder, processes = runs
     for name in ("recipe", "recipe on two"):
         assert "finish 6/6: " in finish(*processes[name])
-    assert_nearly_same(folder / "recipe on two", folder / "recipe", atol=1e-4)
+    assert_nearly_same(folder / "recipe on two", folder / "recipe", grey_levels=0.1)
 
 
 def test_a_batch_that_devices_can_not_share_is_refused(runs):

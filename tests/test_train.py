@@ -108,7 +108,7 @@ def assert_same_curves(run_dir, other):
         assert curves(run_dir, phase) == curves(other, phase)
 
 
-def assert_nearly_same(run_dir, other, grey_levels=0.01):
+def assert_nearly_same(run_dir, other):
     """Networks upscale an image alike. Not so their weights: a bias before a normalisation drifts."""
     network = tiny.generator()
     image = np.float32(make_image(9)[None])
@@ -116,7 +116,7 @@ def assert_nearly_same(run_dir, other, grey_levels=0.01):
         model.load_weights(network, run_dir / name)
         ours = network(image)
         model.load_weights(network, other / name)
-        assert np.mean(np.abs(ours - network(image))) < grey_levels
+        assert np.mean(np.abs(ours - network(image))) < 0.02  # one step less: 0.08
 
 
 # ---- The optimizer, averages and validation ----
@@ -593,7 +593,7 @@ def test_the_release_recipe_on_two_devices_trains_like_on_one(runs):
     folder, processes = runs
     for name in ("recipe", "recipe on two"):
         assert "finish 6/6: " in finish(*processes[name])
-    assert_nearly_same(folder / "recipe on two", folder / "recipe", grey_levels=0.1)
+    assert_nearly_same(folder / "recipe on two", folder / "recipe")
 
 
 def test_a_batch_that_devices_can_not_share_is_refused(runs):

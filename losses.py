@@ -11,10 +11,16 @@ import numpy as np
 import tensorflow as tf
 
 # VGG19's features are scaled before they are compared (section 3.2). The paper's factor, 1/12.75, is for block5_conv4,
-# its VGG54. Others bring the content loss of a pre-trained generator to its 0.07, too.
+# its VGG54. The others bring the content loss of a pre-trained generator to about the same value, 0.07.
 FEATURE_SCALES = {"block2_conv2": 1 / 510, "block3_conv4": 1 / 1600, "block5_conv4": 1 / 12.75}
-VGG_URL = "https://storage.googleapis.com/tensorflow/keras-applications/vgg19/"
-VGG_URL += "vgg19_weights_tf_dim_ordering_tf_kernels_notop.h5"
+VGG_URL = (
+    "https://storage.googleapis.com/tensorflow/keras-applications/vgg19/"
+    "vgg19_weights_tf_dim_ordering_tf_kernels_notop.h5"
+)
+BORDER = 4  # pixels at each side that the metrics leave out (section 3.1)
+
+
+# ---- The paper's losses ----
 
 
 def mse_loss(hr, sr):
@@ -32,7 +38,9 @@ def vgg_features(layer: str, weights=None) -> keras.Model:
             warnings.simplefilter("ignore")  # Keras warns of a file that doesn't fit, before it raises
             vgg = keras.applications.VGG19(include_top=False, weights=str(weights) if weights else "imagenet")
     except Exception as error:  # Keras and h5py raise a dozen kinds on damaged files, and a bare Exception offline
-        what = f"{weights} doesn't hold VGG19's weights" if weights else f"can't download VGG19's weights ({error})"
+        what = f"can't download VGG19's weights ({error})"
+        if weights:
+            what = f"{weights} doesn't hold VGG19's weights"
         raise OSError(f"{what}: give --vgg_weights the file {VGG_URL}") from error
     vgg = keras.Model(vgg.input, vgg.get_layer(layer).output)
     rgb = keras.Input((None, None, 3))
@@ -56,36 +64,51 @@ def discriminator_loss(logits_hr, logits_sr):
     return tf.reduce_mean(tf.nn.softplus(-logits_hr)) + tf.reduce_mean(tf.nn.softplus(logits_sr))
 
 
-def gradient_penalty(gradients):
-    """R1 of Mescheder et al. 2018 (arXiv:1801.04406), for images from -1 to 1. Not in the paper.
+# ---- Additions ----
 
-    `gradients`: of the logits of originals with respect to their pixels, `(batch, height, width, 3)`.
+
+def gradient_penalty(gradients):
+    """R1 of Mescheder et al. 2018 (arXiv:1801.04406), for images from -1 to 1. Not in the SRGAN paper.
+
+    `gradients`: of the logits of originals, all together, with respect to their pixels, `(batch, height, width, 3)`.
+    R1 is the squared norm for each image. Here, through a discriminator with batch normalisation, an image's gradient
+    also holds what it does to the logits of the others in the batch.
     """
-    return tf.reduce_mean(tf.reduce_sum(tf.square(gradients * 127.5), (1, 2, 3)))
+    squared_norms = tf.reduce_sum(tf.square(gradients * 127.5), (1, 2, 3))
+    return tf.reduce_mean(squared_norms)
 
 
 def colour_loss(hr, sr):
-    """Squared errors of chroma and of mean brightness, in the units of `mse_loss`.
+    """Squared errors of chroma and of mean brightness, in the units of `mse_loss`. Sides are multiples of 4.
 
     Not in the paper: VGG's features hardly see them. The chroma of each pixel keeps grey areas grey. The mean
     brightness of each 4x4 block, one pixel of LR, keeps images from turning darker; its mean over the patch at each of
     the 16 positions in a block keeps out a grid of 4 pixels.
     """
     # From RGB to brightness, their mean, and two chroma axes orthogonal to it, 0 for grey.
-    basis = np.array([[2, 2, 2], [6**0.5, -(6**0.5), 0], [2**0.5, 2**0.5, -2 * 2**0.5]], np.float32).T / 6
-    difference = tf.tensordot((hr - sr) / 127.5, basis, 1)
-    brightness, chroma = tf.nn.space_to_depth(difference[..., :1], 4), difference[..., 1:]  # 16 and 2 channels
-    blocks, positions = (tf.reduce_mean(tf.square(tf.reduce_mean(brightness, axes))) for axes in (3, (1, 2)))
-    return blocks + 10 * (tf.reduce_mean(tf.square(chroma)) + positions)
+    brightness_axis = [2, 2, 2]
+    red_green_axis = [6**0.5, -(6**0.5), 0]
+    yellow_blue_axis = [2**0.5, 2**0.5, -2 * 2**0.5]
+    axes = np.float32([brightness_axis, red_green_axis, yellow_blue_axis]) / 6
+    difference = tf.tensordot((hr - sr) / 127.5, axes.T, 1)
+    brightness = tf.nn.space_to_depth(difference[..., :1], 4)  # (batch, h / 4, w / 4, 16 positions)
+    chroma = tf.reduce_mean(tf.square(difference[..., 1:]))
+    blocks = tf.reduce_mean(tf.square(tf.reduce_mean(brightness, 3)))
+    positions = tf.reduce_mean(tf.square(tf.reduce_mean(brightness, (1, 2))))
+    # 10: with 1, the grid was twice as strong; with 2, a grey photograph kept a colour noise of 3.8 grey levels.
+    return blocks + 10 * (chroma + positions)
 
 
 def mesh_loss(sr):
     """How unevenly squared steps from pixel to pixel lie over the 4 positions in a block: in photographs, evenly.
 
-    Not in the paper: pixel shuffles can leave a mesh on skin or water that the other losses hardly see.
+    Not in the paper: pixel shuffles can leave a mesh on skin or water that the other losses hardly see. Sides are
+    multiples of 4.
     """
-    rows = tf.reduce_mean(sr, 3)
-    steps = [tf.square(image[..., 1:-3] - image[..., :-4]) for image in (rows, tf.transpose(rows, (0, 2, 1)))]
+    grey = tf.reduce_mean(sr, 3)
+    across = tf.square(grey[:, :, 1:-3] - grey[:, :, :-4])
+    down = tf.square(grey[:, 1:-3] - grey[:, :-4])
+    steps = tf.stack([across, tf.transpose(down, (0, 2, 1))])
     sizes = tf.reduce_mean(tf.reshape(steps, (2, -1, 4)), 1) + 0.1  # so that flat patches have none
     return 2 * tf.reduce_mean(tf.square(sizes / tf.reduce_mean(sizes, 1, keepdims=True) - 1))
 
@@ -95,27 +118,43 @@ def artifact_loss(hr, sr):
 
     Not in the SRGAN paper. Specks and false edges, unlike texture, are off by a lot in a few pixels. So the error of a
     pixel, summed over RGB from 0 to 1, is weighted by the variance of the errors in the 7x7 pixels around it and by the
-    fifth root of their variance in the patch. No gradient flows through the weight.
+    fifth root of their variance in the patch. No gradient flows through the weight. Liang et al. also set the weight to
+    0 where the image of an averaged generator errs less; that is left out.
     """
     error = tf.reduce_sum(tf.abs(hr - sr), -1, keepdims=True) / 255
     around = tf.pad(error, [[0, 0], [3, 3], [3, 3], [0, 0]], "REFLECT")
-    mean, mean_square = (tf.nn.avg_pool2d(x, 7, 1, "VALID") for x in (around, tf.square(around)))
-    weight = (mean_square - tf.square(mean)) * tf.math.reduce_variance(error, (1, 2, 3), keepdims=True) ** 0.2
-    return tf.reduce_mean(tf.stop_gradient(weight) * error)
+    mean = tf.nn.avg_pool2d(around, 7, 1, "VALID")
+    mean_square = tf.nn.avg_pool2d(tf.square(around), 7, 1, "VALID")
+    variance = mean_square - tf.square(mean)
+    patch_variance = tf.math.reduce_variance(error, (1, 2, 3), keepdims=True)
+    return tf.reduce_mean(tf.stop_gradient(variance * patch_variance**0.2) * error)
+
+
+# ---- Metrics ----
 
 
 def luma(image):
     """BT.601's Y, 16 to 235, as MATLAB's rgb2ycbcr before rounding; one channel as it is: `(h, w)` float64."""
-    return image[..., 0].astype(float) if image.shape[-1] == 1 else 16 + image @ [65.481, 128.553, 24.966] / 255
+    if image.shape[-1] == 1:
+        return image[..., 0].astype(float)
+    return 16 + image @ [65.481, 128.553, 24.966] / 255
+
+
+def scored(image):
+    """Y without the border."""
+    return luma(image)[BORDER:-BORDER, BORDER:-BORDER]
 
 
 def psnr(sr, hr):
-    """Peak signal-to-noise ratio of Y in dB, without 4 pixels at each side (section 3.1); inf if equal."""
-    mse = np.mean(np.square(luma(sr) - luma(hr))[4:-4, 4:-4])
-    return 10 * np.log10(255**2 / mse) if mse else np.inf
+    """Peak signal-to-noise ratio of Y in dB, without 4 pixels at each side; inf if equal."""
+    mse = np.mean(np.square(scored(sr) - scored(hr)))
+    if mse == 0:
+        return np.inf
+    return 10 * np.log10(255**2 / mse)
 
 
 def ssim(sr, hr):
     """Structural similarity of Y (Wang et al. 2004: 11x11 Gaussian window, sigma 1.5), without the same border."""
-    sr, hr = (tf.constant(luma(image)[None, 4:-4, 4:-4, None], tf.float64) for image in (sr, hr))
+    sr = tf.constant(scored(sr)[None, ..., None], tf.float64)
+    hr = tf.constant(scored(hr)[None, ..., None], tf.float64)
     return float(tf.image.ssim(sr, hr, max_val=255.0)[0])

@@ -1,13 +1,22 @@
-"""Training: SRResNet with the MSE, then SRGAN with the perceptual loss (Ledig et al. 2017, section 3.2)."""
+"""Training: SRResNet with the MSE, then SRGAN with the perceptual loss (Ledig et al. 2017, section 3.2).
+
+From the same start, a run on a CPU always ends with the same weights, bit for bit, interrupted or not: on the same
+machine, with the same number of cores and the same versions of the packages. On a GPU, results vary slightly.
+"""
 
 import contextlib
 import hashlib
 import json
 import os
+import shlex
 import signal
 import sys
 import time
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import keras
 import numpy as np
@@ -18,59 +27,21 @@ import data
 import losses
 import model
 
-LOG_EVERY = 10  # steps between TensorBoard's points, and of one call on a GPU: reading a loss waits for the device
-LOOP = False  # several steps in one call, on a CPU, too
-KEEP, SAVE_AFTER = 2, 300  # newest checkpoints of a phase; seconds between them at most
-VALID_IMAGES, VALID_SIZE = 10, 96  # validation: the middle 96x96 LR pixels of the first ten images
+LOG_EVERY = 10  # steps between points of the curves: reading a loss waits for the device
+LOOP_STEPS = 10  # steps of one call on a GPU
+LOOP_ON_CPU = False  # it is slower there, but can be tested
+KEEP = 2  # newest checkpoints of a phase
+SAVE_SECONDS = 300  # between checkpoints at most
+VALIDATION_IMAGES = 10
+VALIDATION_SIDE = 96  # LR pixels of each image that are upscaled, in both directions
+# The phases, and the flags of their steps and learning rates.
+PHASES = {"pretrain": ("PREGENSTEPS", "lr_pre_gen"), "gan": ("STEPS", "lr_gen"), "finish": ("finish", "lr_gen")}
 # What can't change when a run is resumed: KEPT; KEPT_BY_GAN, once the GAN has begun; STEPS, once its finish has.
 KEPT = ("BATCH_SIZE", "images", "weights", "precision", "ema", "jpeg", "seed")
 KEPT_BY_GAN = ("PREGENSTEPS", "vgg_layer", "adversarial", "colour", "artifact", "mesh", "penalty")
 
 
-def train(args):
-    """Train as main.py's flags say. Raises UserError, OSError, and SystemExit after a signal, when all is saved."""
-    strategy, run_dir = make_strategy(), Path(args.run_dir)
-    srresnet, srgan = run_dir / "srresnet.weights.h5", run_dir / "srgan.weights.h5"
-    if args.BATCH_SIZE % strategy.num_replicas_in_sync:
-        raise data.UserError(f"--BATCH_SIZE must be a multiple of the {strategy.num_replicas_in_sync} devices")
-    chief = strategy.extended.should_checkpoint  # of several workers, the one that writes
-    try:
-        with strategy.scope(), data.lock(run_dir, wait=False) if chief else contextlib.nullcontext():
-            images, valid_images = data.load(args.data_dir, args.cache_dir)
-            check_options(run_dir, {**vars(args), "images": images.fingerprint})
-            print(f"{len(images)} images to train on, {len(valid_images)} to validate on")
-            vgg = losses.vgg_features(args.vgg_layer, args.vgg_weights) if args.STEPS or args.finish else None
-            keras.utils.set_random_seed(args.seed)
-            generator = model.generator()
-            if args.weights or not args.PREGENSTEPS:
-                model.load_weights(generator, args.weights or srresnet)
-            if args.PREGENSTEPS:
-                train_srresnet(generator, images, valid_images, args)
-                write(srresnet, generator.save_weights)
-            if args.STEPS:
-                train_srgan("gan", args.STEPS, args.seed + 1, generator, vgg, images, valid_images, args)
-                write(run_dir / "gan.weights.h5" if args.finish else srgan, generator.save_weights)
-            if args.finish:
-                train_srgan("finish", args.finish, args.seed + 2, generator, vgg, images, valid_images, args)
-                write(srgan, generator.save_weights)
-            print(f"To upscale: python3 main.py --pretrained --weights {srgan if vgg else srresnet}")
-    except tf.errors.ResourceExhaustedError as error:
-        raise data.UserError(f"out of memory (lower --BATCH_SIZE) or disk: {str(error).splitlines()[0]}") from error
-    except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError) as error:
-        raise data.UserError("another worker is gone: start the same command on each again, to continue") from error
-
-
-def check_options(run_dir: Path, options: dict):
-    """Write the options to `RUN_DIR/options.json`. Raises UserError if the run was begun with others."""
-    if options["weights"]:  # what counts is what is in it, wherever it lies
-        options["weights"] = f"sha256 {hashlib.sha256(Path(options['weights']).read_bytes()).hexdigest()[:16]}"
-    file, begun = run_dir / "options.json", {path.parent.name for path in run_dir.glob("checkpoints/*/*.index")}
-    before, finish = json.loads(file.read_text()) if begun and file.exists() else options, "finish" in begun
-    for name in KEPT + KEPT_BY_GAN * (finish or "gan" in begun) + ("STEPS",) * finish:
-        if (old := before.get(name)) != (new := options[name]):
-            what = f"other {name}" if name in ("images", "weights") else f"--{name} {old}, not {new}"
-            raise data.UserError(f"{run_dir} was begun with {what}: use the same, or another --run_dir")
-    write(file, lambda path: path.write_text(json.dumps(options, indent=2) + "\n"))
+# ---- Devices ----
 
 
 def make_strategy() -> tf.distribute.Strategy:
@@ -82,172 +53,284 @@ def make_strategy() -> tf.distribute.Strategy:
             return tf.distribute.MultiWorkerMirroredStrategy()
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise data.UserError(f"TF_CONFIG doesn't name the workers and which of them this is: {error}") from error
-    several = len(tf.config.list_logical_devices("GPU")) > 1
-    return tf.distribute.MirroredStrategy() if several else tf.distribute.get_strategy()
+    if len(tf.config.list_logical_devices("GPU")) > 1:
+        return tf.distribute.MirroredStrategy()
+    return tf.distribute.get_strategy()
 
 
-def wait_for_workers(strategy, step: int):
+def is_chief() -> bool:
+    """Whether this is the one of several workers that validates and writes. A worker alone is."""
+    return tf.distribute.get_strategy().extended.should_checkpoint
+
+
+def wait_for_workers(step: int):
     """Wait until all workers are here. Raises UserError if they are not at the same step."""
-    total = tf.function(lambda: strategy.reduce("SUM", strategy.run(tf.constant, (step,)), axis=None), autograph=False)
-    if int(total()) != step * strategy.num_replicas_in_sync:
-        raise data.UserError("the workers see different checkpoints: --run_dir must be a folder that all of them share")
+    strategy = tf.distribute.get_strategy()
+
+    @tf.function(autograph=False)
+    def sum_of_steps():
+        return strategy.reduce("SUM", strategy.run(tf.constant, (step,)), axis=None)
+
+    if int(sum_of_steps()) != step * strategy.num_replicas_in_sync:
+        raise data.UserError("the workers see different checkpoints: the run's folder must be one that they all share")
 
 
-def write(path, function):
-    if tf.distribute.get_strategy().extended.should_checkpoint:  # of several workers, the chief
-        with data.atomic_write(path) as temporary:
-            function(temporary)
+# ---- Optimizer ----
 
 
-def train_srresnet(generator, images, valid_images, args):
-    """The generator alone, on the MSE (equation 4)."""
-    optimizer = adam(generator, args.lr_pre_gen, args.PREGENSTEPS, args.lr_decay, args.ema, drop=False)
-
-    def step(lr, hr):  # (batch, 24, 24, 3), (batch, 96, 96, 3)
-        with tf.GradientTape() as tape:
-            loss = losses.mse_loss(hr, generator(lr, training=True))
-        update(generator, optimizer, tape, loss)
-        return {"MSE Loss": loss}
-
-    state = {"generator": generator, "optimizer": optimizer}
-    fit("pretrain", step, state, args.PREGENSTEPS, args.seed, images, valid_images, args)
-
-
-def train_srgan(name, steps, seed, generator, vgg, images, valid_images, args):
-    """The generator against a new discriminator, on the perceptual loss (equation 3)."""
-    keras.utils.set_random_seed(seed)  # the same whether or not earlier phases ran in this process
-    discriminator = model.discriminator()
-    optimizer = adam(generator, args.lr_gen, steps, args.lr_decay, args.ema)
-    discriminator_optimizer = adam(discriminator, args.lr_gen, steps, args.lr_decay)
-
-    def step(lr, hr):
-        with tf.GradientTape() as generator_tape, tf.GradientTape() as discriminator_tape:
-            sr = generator(lr, training=True)
-            with tf.GradientTape() as slope_tape:
-                slope_tape.watch(hr)
-                logits_hr = discriminator(hr, training=True)
-            logits_sr = discriminator(sr, training=True)
-            # The generator's images should have the original's features, and pass for real; the rest isn't the paper's.
-            terms = {
-                "Content Loss": (1, lambda: losses.content_loss(vgg(hr), vgg(sr))),
-                "Adversarial Loss": (args.adversarial, lambda: losses.adversarial_loss(logits_sr)),
-                "Colour Loss": (args.colour, lambda: losses.colour_loss(hr, sr)),
-                "Artifact Loss": (args.artifact, lambda: losses.artifact_loss(hr, sr)),
-                "Mesh Loss": (args.mesh, lambda: losses.mesh_loss(sr)),
-            }
-            terms = {name: (weight, loss()) for name, (weight, loss) in terms.items() if weight}
-            perceptual = sum(weight * loss for weight, loss in terms.values())
-            # The discriminator should tell real images from generated ones.
-            discrimination = losses.discriminator_loss(logits_hr, logits_sr)
-            if args.penalty:
-                discrimination += args.penalty * losses.gradient_penalty(slope_tape.gradient(logits_hr, hr))
-        update(generator, optimizer, generator_tape, perceptual)
-        update(discriminator, discriminator_optimizer, discriminator_tape, discrimination)
-        scalars = {"Perceptual Loss": perceptual, "Discriminator Loss": discrimination}
-        scalars |= {name: loss for name, (_, loss) in terms.items()}
-        return scalars | {f"D({x})": tf.reduce_mean(tf.sigmoid(d)) for x, d in (("HR", logits_hr), ("SR", logits_sr))}
-
-    networks = {"generator": generator, "discriminator": discriminator}
-    state = networks | {"optimizer": optimizer, "discriminator_optimizer": discriminator_optimizer}
-    fit(name, step, state, steps, seed, images, valid_images, args, vgg)
+def learning_rates(phase: str, steps: int, args):
+    """The learning rate of each step. The paper's: in the GAN, the second half of the steps has a tenth of the rate."""
+    _, flag = PHASES[phase]
+    rate = getattr(args, flag)
+    if args.lr_decay == "cosine":
+        return keras.optimizers.schedules.CosineDecay(rate, max(1, steps))
+    second = rate
+    if args.lr_decay == "paper" and phase != "pretrain":
+        second = rate / 10
+    last = max(0, steps // 2 - 1)  # of the first half, counted from 0
+    # A constant rate is a schedule, too: a plain number would be replaced by the one in the checkpoint.
+    return keras.optimizers.schedules.PiecewiseConstantDecay([last], [rate, second])
 
 
-class Adam(keras.optimizers.Adam):
-    """Keras's, with TensorFlow's fused kernel: one pass over the weights instead of a dozen."""
-
-    def update_step(self, gradient, variable, learning_rate):
-        i, step = self._get_variable_index(variable), tf.cast(self.iterations + 1, tf.float32)
-        m, v = self._momentums[i].value.handle, self._velocities[i].value.handle
-        rates = {"beta1": self.beta_1, "beta2": self.beta_2, "epsilon": self.epsilon, "lr": learning_rate}
-        rates |= {"beta1_power": self.beta_1**step, "beta2_power": self.beta_2**step}
-        tf.raw_ops.ResourceApplyAdam(var=variable.handle, m=m, v=v, grad=gradient, **rates)
-
-
-def adam(network, learning_rate, steps, decay, ema=0.0, drop=True):
-    """The paper's Adam: the second half of the GAN has a tenth of the rate (`drop`). `ema` averages the weights."""
-    if decay == "cosine":
-        schedule = keras.optimizers.schedules.CosineDecay(learning_rate, max(1, steps))
-    else:  # constant rates are schedules, too: as a plain number, a checkpoint's rate would replace a new one
-        second = learning_rate / 10 if decay == "paper" and drop else learning_rate
-        last = max(0, steps // 2 - 1)  # of the first half, counted from 0
-        schedule = keras.optimizers.schedules.PiecewiseConstantDecay([last], [learning_rate, second])
-    # Averages over a quarter of the steps at most: before, the rate was higher.
-    optimizer = Adam(schedule, beta_1=0.9, use_ema=ema > 0, ema_momentum=min(ema, steps / (steps + 4)))
+def adam(network, phase: str, steps: int, args, ema: float = 0.0):
+    """The paper's Adam. With `ema`, it also keeps averages of the weights over the steps, with this decay."""
+    # Over a quarter of the steps at most: before, the learning rate was higher.
+    ema_momentum = min(ema, steps / (steps + 4))
+    rates = learning_rates(phase, steps, args)
+    optimizer = keras.optimizers.Adam(rates, beta_1=0.9, use_ema=ema > 0, ema_momentum=ema_momentum)
     optimizer.build(network.trainable_variables)
     return optimizer
 
 
 def update(network, optimizer, tape, loss):
-    """Take one optimizer step. `apply` sums gradients over devices, so each contributes its share of the mean."""
+    """Take one step of the optimizer."""
+    # `apply` sums gradients over the devices, so each contributes its share of the mean.
     share = tf.constant(1 / tf.distribute.get_strategy().num_replicas_in_sync)
-    optimizer.apply(tape.gradient(loss, network.trainable_variables, share), network.trainable_variables)
+    gradients = tape.gradient(loss, network.trainable_variables, share)
+    optimizer.apply(gradients, network.trainable_variables)
 
 
-def fit(name, step_function, state, steps, seed, images, valid_images, args, vgg=None):
-    """Train one phase from its newest checkpoint to the step `steps`; with --ema, the generator ends with the averages.
-
-    `step_function(lr, hr)` takes float32 batches and returns a dict of scalars; `state` is what a checkpoint holds.
-    """
-    strategy, checkpoint = tf.distribute.get_strategy(), tf.train.Checkpoint(**state)
-    folder = Path(args.run_dir) / "checkpoints" / name
-    step = start = restore(checkpoint, folder)
-    wait_for_workers(strategy, start)
-    run, count = compiled(step_function)
-    first, last = start // count * count, -(-steps // count) * count  # calls begin at multiples of `count`
-    batches = data.patches(images, args.BATCH_SIZE, first, last, seed, args.jpeg)
-    batches = batches.batch(count).prefetch(1) if count > 1 else batches
-    batches = strategy.experimental_distribute_dataset(batches)  # an equal share for each device
-    average, validate = make_validation(state["generator"], state["optimizer"], images, valid_images, args, vgg)
-    chief, logs = strategy.extended.should_checkpoint, f"{args.run_dir}/logs/{name}"
-    writer = tf.summary.create_file_writer(logs) if chief else tf.summary.create_noop_writer()
-    intervals, status, saved = (LOG_EVERY, args.eval_every, args.save_every), {}, time.monotonic()
-
-    def log(scalars, crops={}):  # to the progress bar and TensorBoard
-        status.update({key.removesuffix(" Loss"): f"{value:.4g}" for key, value in scalars.items()})
-        with writer.as_default(step):
-            for key, value in scalars.items():
-                tf.summary.scalar(key, value)
-            for key, image in crops.items():
-                tf.summary.image(f"crop/{key}", image[None])
-            writer.flush()
-
-    if not start:
-        log(*validate())
-    print(f"{name}:", f"{start} of {steps} steps are done" if start else "compiling the step", flush=True)
-    bar = tqdm(total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True, disable=None)
-    with bar, catch_signals() as signals:
-        for lrs, hrs in batches if start < steps else ():
-            before, step = step, min(step // count * count + count, steps)
-            scalars = run(lrs, hrs, tf.constant(before % count), tf.constant((step - 1) % count + 1))
-            logging, validating, saving = (step == steps or step // n > before // n for n in intervals)
-            if logging:
-                scalars = {key: float(value) for key, value in scalars.items()}  # waits for the device
-                check_finite(name, step, scalars.values())
-                log(scalars)
-            if validating:
-                log(*validate())
-                if bar.disable:
-                    print(f"{name} {step}/{steps}: {', '.join(f'{k} {v}' for k, v in status.items())}", flush=True)
-            bar.set_postfix(status, refresh=False)
-            bar.update(step - before)
-            stopping = bool(signals)
-            if saving or stopping or time.monotonic() - saved > SAVE_AFTER:
-                check_finite(name, step, [value.numpy() for part in state.values() for value in part.variables])
-                if chief:
-                    checkpoint.write(str(folder / f"{step:07d}"))  # its .index file last
-                    for old in sorted(folder.glob("*.index"))[:-KEEP]:
-                        for file in folder.glob(f"{old.stem}.*"):
-                            file.unlink()
-                saved = time.monotonic()
-            if stopping:
-                bar.write(f"Interrupted{' and saved' * chief} at step {step}: the same command continues")
-                sys.exit(128 + signals[0])
-    state["generator"].set_weights(average())
-    wait_for_workers(strategy, step)
+# ---- The phases ----
 
 
-def compiled(step):
-    """Compile `step(lr, hr) -> dict of scalars` into `run(lrs, hrs, first, last)`, and say how many steps a call takes.
+class Phase(NamedTuple):
+    """What `fit` trains."""
+
+    name: str
+    steps: int
+    seed: int  # of the order of the patches
+    # Takes one step on a batch, LR (n, 24, 24, 3) and HR (n, 96, 96, 3), float32. Returns losses by their names.
+    step: Callable
+    state: dict  # what a checkpoint holds: networks and optimizers by their names
+    vgg: keras.Model | None = None  # for the content loss in validation
+
+
+def srresnet_phase(generator, args) -> Phase:
+    """The generator alone, on the MSE (equation 4)."""
+    steps = args.PREGENSTEPS
+    optimizer = adam(generator, "pretrain", steps, args, args.ema)
+
+    def step(lr, hr):
+        with tf.GradientTape() as tape:
+            loss = losses.mse_loss(hr, generator(lr, training=True))
+        update(generator, optimizer, tape, loss)
+        return {"MSE Loss": loss}
+
+    return Phase("pretrain", steps, args.seed, step, {"generator": generator, "optimizer": optimizer})
+
+
+def added_losses(hr, sr, args):
+    """What the flags add to the paper's losses of the generator: the weighted sum, and each loss by its name."""
+    added = 0.0
+    scalars = {}
+    if args.colour:
+        colour = losses.colour_loss(hr, sr)
+        added += args.colour * colour
+        scalars["Colour Loss"] = colour
+    if args.artifact:
+        artifact = losses.artifact_loss(hr, sr)
+        added += args.artifact * artifact
+        scalars["Artifact Loss"] = artifact
+    if args.mesh:
+        mesh = losses.mesh_loss(sr)
+        added += args.mesh * mesh
+        scalars["Mesh Loss"] = mesh
+    return added, scalars
+
+
+def srgan_phase(name: str, steps: int, seed: int, generator, vgg, args) -> Phase:
+    """The generator against a new discriminator, on the perceptual loss (equation 3)."""
+    keras.utils.set_random_seed(seed)  # the same whether or not earlier phases ran in this process
+    discriminator = model.discriminator()
+    optimizer = adam(generator, name, steps, args, args.ema)
+    discriminator_optimizer = adam(discriminator, name, steps, args)
+
+    def step(lr, hr):
+        with tf.GradientTape() as generator_tape, tf.GradientTape() as discriminator_tape:
+            sr = generator(lr, training=True)
+            with tf.GradientTape() as penalty_tape:
+                penalty_tape.watch(hr)
+                logits_hr = discriminator(hr, training=True)
+            logits_sr = discriminator(sr, training=True)
+
+            # The generator's images should have the features of the originals, and pass for originals.
+            content = losses.content_loss(vgg(hr), vgg(sr))
+            adversarial = losses.adversarial_loss(logits_sr)
+            added, scalars = added_losses(hr, sr, args)
+            generator_loss = content + args.adversarial * adversarial + added
+
+            # The discriminator should tell the two apart.
+            discriminator_loss = losses.discriminator_loss(logits_hr, logits_sr)
+            if args.penalty:
+                slopes = penalty_tape.gradient(logits_hr, hr)
+                discriminator_loss += args.penalty * losses.gradient_penalty(slopes)
+        update(generator, optimizer, generator_tape, generator_loss)
+        update(discriminator, discriminator_optimizer, discriminator_tape, discriminator_loss)
+        return scalars | {
+            "Perceptual Loss": generator_loss,
+            "Content Loss": content,
+            "Adversarial Loss": adversarial,
+            "Discriminator Loss": discriminator_loss,
+            "D(HR)": tf.reduce_mean(tf.sigmoid(logits_hr)),
+            "D(SR)": tf.reduce_mean(tf.sigmoid(logits_sr)),
+        }
+
+    state = {
+        "generator": generator,
+        "optimizer": optimizer,
+        "discriminator": discriminator,
+        "discriminator_optimizer": discriminator_optimizer,
+    }
+    return Phase(name, steps, seed, step, state, vgg)
+
+
+def content_phase(name: str, steps: int, seed: int, generator, vgg, args) -> Phase:
+    """The generator alone, on the content loss (equation 5): `srgan_phase` if the adversarial loss has no weight."""
+    optimizer = adam(generator, name, steps, args, args.ema)
+
+    def step(lr, hr):
+        with tf.GradientTape() as tape:
+            sr = generator(lr, training=True)
+            content = losses.content_loss(vgg(hr), vgg(sr))
+            added, scalars = added_losses(hr, sr, args)
+            loss = content + added
+        update(generator, optimizer, tape, loss)
+        return scalars | {"Perceptual Loss": loss, "Content Loss": content}
+
+    return Phase(name, steps, seed, step, {"generator": generator, "optimizer": optimizer}, vgg)
+
+
+# ---- Averages and validation ----
+
+
+class Average:
+    """The generator with its weights averaged over the steps of a phase or, if that is off, as they are: `network`."""
+
+    def __init__(self, phase: Phase, images, args):
+        self.generator = phase.state["generator"]
+        self.optimizer = phase.state["optimizer"]
+        self.network = self.generator
+        if self.optimizer.use_ema:
+            self.network = model.generator()
+            patches = data.patches(images, 16, 0, 16, args.seed, args.jpeg)
+            self.lrs = [lr for lr, _ in patches]
+
+    def update(self):
+        """Bring the network up to date."""
+        if not self.optimizer.use_ema:
+            return
+        self.network.set_weights(self.generator.get_weights())
+        if self.optimizer.iterations == 0:  # there are no averages yet
+            return
+        self.optimizer.finalize_variable_values(self.network.trainable_variables)
+        # Normalisation statistics belong to the weights that they were measured with, so the averages get their own.
+        for i, lr in enumerate(self.lrs):
+            for layer in self.network.layers:
+                if isinstance(layer, keras.layers.BatchNormalization):
+                    layer.momentum = i / (i + 1)  # the mean of all batches so far
+            self.network(lr, training=True)
+
+
+def middle(lr: np.ndarray, hr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Cut the middle of an image, of both sizes."""
+    side = VALIDATION_SIDE
+    top = max(lr.shape[0] - side, 0) // 2
+    left = max(lr.shape[1] - side, 0) // 2
+    lr = lr[top : top + side, left : left + side]
+    hr = hr[data.SCALE * top : data.SCALE * (top + side), data.SCALE * left : data.SCALE * (left + side)]
+    return np.array(lr), np.array(hr)
+
+
+def validate(upscaler, pairs, vgg):
+    """Score on pairs of LR and HR images. Returns mean PSNR and, with `vgg`, content loss, and images to look at."""
+    psnrs = []
+    content_losses = []
+    images = {}
+    for lr, hr in pairs:
+        sr = upscaler(lr)
+        psnrs.append(losses.psnr(sr, hr))
+        if vgg:
+            features_hr = vgg(np.float32(hr[None]))
+            features_sr = vgg(np.float32(sr[None]))
+            content_losses.append(losses.content_loss(features_hr, features_sr))
+        if not images:
+            images = {"bicubic": data.bicubic(lr), "SR": sr, "HR": hr}
+    scalars = {"PSNR": np.mean(psnrs)}
+    if vgg:
+        scalars["Validation Content Loss"] = np.mean(content_losses)
+    return scalars, images
+
+
+# ---- Checkpoints ----
+
+
+def write(path: Path, function: Callable[[Path], object]):
+    """Let the chief write a file, whole or not at all."""
+    if is_chief():
+        with data.atomic_write(path) as temporary:
+            function(temporary)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The index files of a phase's checkpoints, the oldest first. Their names are the steps."""
+    return sorted(folder.glob("*.index"))
+
+
+def save(checkpoint: tf.train.Checkpoint, folder: Path, step: int):
+    """Write a checkpoint, its index file last, and remove all but the newest."""
+    checkpoint.write(str(folder / f"{step:07d}"))
+    for old in checkpoints(folder)[:-KEEP]:
+        for file in folder.glob(f"{old.stem}.*"):
+            file.unlink()
+
+
+def restore(checkpoint: tf.train.Checkpoint, folder: Path) -> int:
+    """Restore the newest intact checkpoint. Returns its step, 0 if there is none. Raises OSError if all are damaged."""
+    paths = checkpoints(folder)
+    for path in reversed(paths):
+        try:
+            checkpoint.read(str(path.with_suffix(""))).assert_consumed()
+            return int(path.stem)
+        except (tf.errors.OpError, AssertionError, OSError, ValueError, IndexError) as error:
+            warnings.warn(f"the checkpoint {path} is damaged ({type(error).__name__})")
+    if paths:
+        raise OSError(f"all checkpoints in {folder} are damaged: remove them to begin this phase anew")
+    return 0
+
+
+def check_finite(phase: str, step: int, values):
+    """Raise UserError if one of the numbers or arrays is not finite."""
+    for value in values:
+        if not np.isfinite(value).all():
+            what = f"{phase}: not finite after step {step}, not saved"
+            raise data.UserError(f"{what}: try lower learning rates, or float32 instead of bfloat16")
+
+
+# ---- The loop ----
+
+
+def compile_step(step: Callable):
+    """Compile `step(lr, hr)` into `run(lrs, hrs, first, last)`, and say how many steps a call takes.
 
     On one GPU, XLA compiles a loop, since Python takes longer to start a step there than the GPU to compute it: `run`
     takes ten uint8 batches, stacked, does the steps `first` to `last - 1`, and returns the scalars of the last.
@@ -261,21 +344,24 @@ def compiled(step):
 
     @tf.function(autograph=False, jit_compile=True)
     def loop(lrs, hrs, first, last):
-        scalars = dict.fromkeys(once.get_concrete_function(lrs[0], hrs[0]).structured_outputs, tf.constant(0.0))
-        return tf.while_loop(lambda i, _: i < last, lambda i, _: (i + 1, once(lrs[i], hrs[i])), (first, scalars))[1]
+        def goes_on(i, scalars):
+            return i < last
+
+        def body(i, scalars):
+            return i + 1, once(lrs[i], hrs[i])
+
+        names = once.get_concrete_function(lrs[0], hrs[0]).structured_outputs
+        _, scalars = tf.while_loop(goes_on, body, (first, dict.fromkeys(names, tf.constant(0.0))))
+        return scalars
 
     @tf.function(autograph=False)
-    def everywhere(lr, hr, first, last):
+    def on_all_devices(lr, hr, first, last):
         scalars = strategy.run(once, (lr, hr))
         return {name: strategy.reduce("MEAN", value, axis=None) for name, value in scalars.items()}
 
-    looping = strategy.num_replicas_in_sync == 1 and (LOOP or tf.config.list_physical_devices("GPU"))
-    return (loop, LOG_EVERY) if looping else (everywhere, 1)
-
-
-def check_finite(name, step, values):
-    if not all(np.isfinite(value).all() for value in values):
-        raise data.UserError(f"{name}: not finite after step {step}, not saved: try lower rates or --precision float32")
+    if strategy.num_replicas_in_sync == 1 and (LOOP_ON_CPU or tf.config.list_physical_devices("GPU")):
+        return loop, LOOP_STEPS
+    return on_all_devices, 1
 
 
 @contextlib.contextmanager
@@ -288,56 +374,221 @@ def catch_signals():
         signal.signal(number, signal.SIG_DFL)
 
     with contextlib.ExitStack() as stack:
-        for number in (getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)):
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):  # SIGUSR1: Slurm's, before the time is up
+            number = getattr(signal, name, None)  # Windows has the first two
+            if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
                 stack.callback(signal.signal, number, signal.signal(number, note))
         yield caught
 
 
-def restore(checkpoint, folder: Path) -> int:
-    """Restore the newest intact checkpoint. Returns its step, 0 if there is none. Raises OSError if all are damaged."""
-    for path in sorted(folder.glob("*.index"), reverse=True):
-        try:
-            checkpoint.read(str(path.with_suffix(""))).assert_consumed()
-            return int(path.stem)
-        except (tf.errors.OpError, AssertionError, OSError, ValueError, IndexError) as error:
-            print(f"Warning: the checkpoint {path} is damaged ({type(error).__name__})", file=sys.stderr)
-    if any(folder.glob("*.index")):
-        raise OSError(f"all checkpoints in {folder} are damaged: remove them to begin this phase anew")
-    return 0
+def fit(phase: Phase, images, validation_pairs, args):
+    """Train a phase from its newest checkpoint to its last step. Averaged weights, if kept, are the generator's then.
+
+    Writes checkpoints into `RUN_DIR/checkpoints/NAME` and TensorBoard's curves and images into `RUN_DIR/logs/NAME`.
+    Raises UserError if numbers are not finite, and SystemExit after a signal, when all is saved.
+    """
+    strategy = tf.distribute.get_strategy()
+    chief = is_chief()
+    checkpoint = tf.train.Checkpoint(**phase.state)
+    folder = Path(args.run_dir) / "checkpoints" / phase.name
+    start = restore(checkpoint, folder)
+    wait_for_workers(start)
+
+    run, count = compile_step(phase.step)
+    first = start // count * count  # calls begin at multiples of `count`
+    last = -(-phase.steps // count) * count
+    batches = data.patches(images, args.BATCH_SIZE, first, last, phase.seed, args.jpeg)
+    if count > 1:
+        batches = batches.batch(count).prefetch(1)
+    batches = iter(strategy.experimental_distribute_dataset(batches))  # an equal share for each device
+
+    # Made by each worker, since they wait for one another where variables are made, though only the chief validates.
+    average = Average(phase, images, args)
+    upscaler = model.Upscaler(average.network)
+    writer = tf.summary.create_noop_writer()
+    if chief:
+        writer = tf.summary.create_file_writer(f"{args.run_dir}/logs/{phase.name}")
+    step = start
+    status = {}
+
+    def log(scalars, crops={}):  # to the progress bar and TensorBoard
+        for name, value in scalars.items():
+            status[name.removesuffix(" Loss")] = f"{value:.4g}"
+        with writer.as_default(step):
+            for name, value in scalars.items():
+                tf.summary.scalar(name, value)
+            for name, image in crops.items():
+                tf.summary.image(f"crop/{name}", image[None])
+            writer.flush()
+
+    def log_validation():
+        average.update()
+        upscaler.load(average.network)
+        log(*validate(upscaler, validation_pairs, phase.vgg))
+
+    def due(every):  # whether this call has reached a multiple of `every` steps, or the end
+        return step == phase.steps or step // every > before // every
+
+    if chief and not start:
+        log_validation()
+    progress = f"{start} of {phase.steps} steps are done" if start else "compiling the step"
+    print(f"{phase.name}: {progress}", flush=True)
+    bar = tqdm(total=phase.steps, initial=start, desc=phase.name, unit="step", dynamic_ncols=True, disable=None)
+    saved = time.monotonic()
+    with bar, catch_signals() as signals:
+        while step < phase.steps:
+            before = step
+            step = min(before // count * count + count, phase.steps)
+            lrs, hrs = next(batches)
+            scalars = run(lrs, hrs, tf.constant(before % count), tf.constant((step - 1) % count + 1))
+            if due(LOG_EVERY):
+                scalars = {name: float(value) for name, value in scalars.items()}  # waits for the device
+                check_finite(phase.name, step, scalars.values())
+                log(scalars)
+            if chief and due(args.eval_every):
+                log_validation()
+                if bar.disable:
+                    values = ", ".join(f"{name} {value}" for name, value in status.items())
+                    print(f"{phase.name} {step}/{phase.steps}: {values}", flush=True)
+            bar.set_postfix(status, refresh=False)
+            bar.update(step - before)
+            stopping = bool(signals)
+            if due(args.save_every) or stopping or time.monotonic() - saved > SAVE_SECONDS:
+                variables = [variable for part in phase.state.values() for variable in part.variables]
+                check_finite(phase.name, step, (variable.numpy() for variable in variables))
+                if chief:
+                    save(checkpoint, folder, step)
+                saved = time.monotonic()
+            if stopping:
+                if chief:
+                    bar.write(f"Interrupted and saved at step {step}: the same command continues")
+                sys.exit(128 + signals[0])
+    average.update()
+    average.generator.set_weights(average.network.get_weights())
+    wait_for_workers(step)
 
 
-def make_validation(generator, optimizer, images, valid_images, args, vgg=None):
-    """Returns functions that average the generator's weights (--ema), and validate these on the middle of images."""
-    averaged, pairs = model.generator() if args.ema else generator, []
-    averaged.set_weights(generator.get_weights())
-    # Normalisation statistics belong to the weights that they were measured with, so the averages get their own.
-    normalizations = [layer for layer in averaged.layers if isinstance(layer, keras.layers.BatchNormalization)]
-    lrs = [lr for lr, _ in data.patches(images, 16, 0, 16, args.seed, args.jpeg)] if args.ema else ()
-    upscale = model.Upscaler(averaged)
-    for _, (lr, hr) in zip(range(VALID_IMAGES), valid_images):
-        y, x = (max(side - VALID_SIZE, 0) // 2 for side in lr.shape[:2])
-        hr = hr[data.SCALE * y :, data.SCALE * x :][: data.SCALE * VALID_SIZE, : data.SCALE * VALID_SIZE]
-        pairs.append((np.array(lr[y:, x:][:VALID_SIZE, :VALID_SIZE]), np.array(hr)))
+# ---- A run ----
 
-    def average():
-        if args.ema and optimizer.iterations > 0:
-            averaged.set_weights(generator.get_weights())
-            optimizer.finalize_variable_values(averaged.trainable_variables)
-            for i, lr in enumerate(lrs):
-                for layer in normalizations:
-                    layer.momentum = i / (i + 1)  # the mean of all batches so far
-                averaged(lr, training=True)
-        return averaged.get_weights()
 
-    def validate():  # mean PSNR in dB, content loss if the phase has one, and crops to look at
-        average()
-        upscale.load(averaged)
-        srs = [upscale(lr) for lr, _ in pairs]
-        scalars = {"PSNR": np.mean([losses.psnr(sr, hr) for sr, (_, hr) in zip(srs, pairs)])}
-        if vgg:
-            features = ([vgg(np.float32(image[None])) for image in (hr, sr)] for sr, (_, hr) in zip(srs, pairs))
-            scalars["Validation Content Loss"] = np.mean([losses.content_loss(*pair) for pair in features])
-        return scalars, {"bicubic": data.bicubic(pairs[0][0]), "SR": srs[0], "HR": pairs[0][1]}
+def count_cores() -> int:
+    """The processor cores that this process may use. Sums of numbers are split among them."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
-    return average, validate
+
+def check_options(run_dir: Path, options: dict) -> dict:
+    """Write the options to `RUN_DIR/options.json`, and return those that the run had before, or these if it is new.
+
+    Raises UserError if the run can't go on with them. Warns if it can, but will end with other weights.
+    """
+    if options["weights"]:  # what counts is what is in it, wherever it lies
+        content = Path(options["weights"]).read_bytes()
+        options["weights"] = f"sha256 {hashlib.sha256(content).hexdigest()[:16]}"
+    file = run_dir / "options.json"
+    begun = [name for name in PHASES if checkpoints(run_dir / "checkpoints" / name)]
+    before = options
+    if begun and file.exists():
+        before = json.loads(file.read_text())
+
+    kept = KEPT
+    if "gan" in begun or "finish" in begun:
+        kept += KEPT_BY_GAN
+    if "finish" in begun:
+        kept += ("STEPS",)
+    for name in kept:
+        old = before.get(name)
+        new = options[name]
+        if old == new:
+            continue
+        what = f"--{name} {old}, not {new}"
+        if name in ("images", "weights"):
+            what = f"other {name}"
+        raise data.UserError(f"{run_dir} was begun with {what}: use the same, or another --run_dir")
+
+    old_cores = before.get("cores", options["cores"])
+    if old_cores != options["cores"] and not tf.config.list_physical_devices("GPU"):
+        what = f"{run_dir} was begun on {old_cores} processor cores and continues on {options['cores']}"
+        warnings.warn(f"{what}: it won't end with exactly the same weights")
+
+    def write_options(path):
+        path.write_text(json.dumps(options, indent=2) + "\n")
+
+    write(file, write_options)
+    return before
+
+
+def report_new_rates(run_dir: Path, before: dict, args):
+    """Say where another number of steps than before changes the learning rate of a phase that has begun."""
+    for phase, (flag, _) in PHASES.items():
+        paths = checkpoints(run_dir / "checkpoints" / phase)
+        if not paths:
+            continue
+        step = int(paths[-1].stem)
+        old_steps = before[flag]
+        new_steps = getattr(args, flag)
+        old = float(learning_rates(phase, old_steps, SimpleNamespace(**before))(step))
+        new = float(learning_rates(phase, new_steps, args)(step))
+        if new_steps != old_steps and new_steps > step and old != new:
+            change = f"at step {step}, the learning rate changes from {old:.2g} to {new:.2g}"
+            print(f"{phase}: {new_steps} steps instead of {old_steps}: {change}")
+
+
+def run_phases(run_dir: Path, args):
+    """Train SRResNet, SRGAN and its finish, each if it has steps, and write their weights."""
+    images, validation_images = data.load(args.data_dir, args.cache_dir)
+    before = check_options(run_dir, {**vars(args), "images": images.fingerprint, "cores": count_cores()})
+    report_new_rates(run_dir, before, args)
+    print(f"{len(images)} images to train on, {len(validation_images)} to validate on")
+    count = min(len(validation_images), VALIDATION_IMAGES)
+    pairs = [middle(*validation_images[i]) for i in range(count)]
+
+    srresnet = run_dir / "srresnet.weights.h5"
+    srgan = run_dir / "srgan.weights.h5"
+    vgg = None
+    if args.STEPS or args.finish:
+        vgg = losses.vgg_features(args.vgg_layer, args.vgg_weights)
+    perceptual_phase = srgan_phase
+    if not args.adversarial:  # nobody would listen to a discriminator
+        perceptual_phase = content_phase
+
+    keras.utils.set_random_seed(args.seed)
+    generator = model.generator()
+    if args.weights:
+        model.load_weights(generator, args.weights)
+    elif not args.PREGENSTEPS:
+        model.load_weights(generator, srresnet)
+    if args.PREGENSTEPS:
+        fit(srresnet_phase(generator, args), images, pairs, args)
+        write(srresnet, generator.save_weights)
+    if args.STEPS:
+        fit(perceptual_phase("gan", args.STEPS, args.seed + 1, generator, vgg, args), images, pairs, args)
+        write(run_dir / "gan.weights.h5" if args.finish else srgan, generator.save_weights)
+    if args.finish:
+        fit(perceptual_phase("finish", args.finish, args.seed + 2, generator, vgg, args), images, pairs, args)
+        write(srgan, generator.save_weights)
+    result = srgan if vgg else srresnet
+    print(f"To upscale: python3 main.py --pretrained --weights {shlex.quote(str(result))}")
+
+
+def train(args):
+    """Train as main.py's flags say. Raises UserError, OSError, and SystemExit after a signal, when all is saved.
+
+    The results in the run's folder: `srresnet.weights.h5`, `gan.weights.h5`, which is SRGAN before the finish, if there
+    is one, and `srgan.weights.h5`.
+    """
+    strategy = make_strategy()
+    devices = strategy.num_replicas_in_sync
+    if args.BATCH_SIZE % devices:
+        raise data.UserError(f"--BATCH_SIZE must be a multiple of the {devices} devices")
+    lock = contextlib.nullcontext()
+    if strategy.extended.should_checkpoint:  # of several workers, the chief
+        lock = data.lock(args.run_dir, wait=False)
+    try:
+        with strategy.scope(), lock:
+            run_phases(Path(args.run_dir), args)
+    except tf.errors.ResourceExhaustedError as error:
+        raise data.UserError(f"out of memory (lower --BATCH_SIZE) or disk: {str(error).splitlines()[0]}") from error
+    except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError) as error:
+        raise data.UserError("another worker is gone: start the same command on each again, to continue") from error

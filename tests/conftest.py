@@ -18,7 +18,9 @@ from PIL import Image, ImageDraw
 import main
 
 FLAGS = "--BATCH_SIZE 4 --PREGENSTEPS 23 --STEPS 34 --save_every 4 --eval_every 10 --seed 3 --ema 0.7"
-SIGNALS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+SIGNALS = {
+    number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+}
 
 
 def make_image(seed, width=128, height=112):

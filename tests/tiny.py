@@ -23,20 +23,24 @@ def generator():
     lr = keras.Input((None, None, 3), name="lr")
     conv = layers.Conv2D(48, 3, padding="same", name="conv")
     x = model.normalization(name="trunk")(conv(layers.Rescaling(1 / 255, name="unit")(lr)))
-    sr = layers.Rescaling(127.5, 127.5, name="sr")(keras.ops.depth_to_space(x, 4))
+    x = keras.ops.depth_to_space(x, 4)
+    sr = layers.Rescaling(127.5, 127.5, dtype="float32", name="sr")(x)
     return keras.Model(lr, sr, name="generator")
 
 
 def discriminator():
     hr = keras.Input((96, 96, 3))
-    x = model.normalization()(layers.Conv2D(4, 3, 4, use_bias=False)(layers.Rescaling(1 / 255)(hr)))
-    return keras.Model(hr, layers.Dense(1)(layers.Flatten()(layers.LeakyReLU(0.2)(x))), name="discriminator")
+    x = layers.Conv2D(4, 3, 4, use_bias=False)(layers.Rescaling(1 / 255)(hr))
+    x = layers.LeakyReLU(0.2)(model.normalization()(x))
+    logit = layers.Dense(1, dtype="float32")(layers.Flatten()(x))
+    return keras.Model(hr, logit, name="discriminator")
 
 
 def vgg_features(layer="", weights=None):
     images = keras.Input((None, None, 3))
     conv = layers.Conv2D(4, 3, kernel_initializer=keras.initializers.GlorotUniform(seed=0), trainable=False)
-    return keras.Model(images, conv(layers.Rescaling(1 / 255)(images)))
+    features = conv(layers.Rescaling(1 / 255)(images))
+    return keras.Model(images, layers.Rescaling(1, dtype="float32")(features))
 
 
 def use(patch):

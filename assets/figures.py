@@ -273,7 +273,7 @@ def comparison(path):
     lr = data.read_rgb(ROOT / "input.jpg")
     images = {"bicubic": data.bicubic(lr)}
     generator = model.generator()
-    upscale = model.make_upscaler(generator)
+    upscale = model.Upscaler(generator)
     for name in NAMES.values():
         model.load_weights(generator, ROOT / "weights" / f"{name.lower()}.weights.h5")
         images[name] = upscale(lr)

@@ -34,7 +34,7 @@ def made(run, folder):
 
 
 def test_all_figures_of_a_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(model, "make_upscaler", lambda network: data.bicubic)  # the networks take seconds
+    monkeypatch.setattr(model, "Upscaler", lambda network: data.bicubic)  # the networks take seconds
     run, folder = tmp_path / "run", tmp_path / "assets"
     write_logs(run, "pretrain", 40)
     write_logs(run, "gan", 3)

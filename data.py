@@ -46,6 +46,14 @@ def is_image(path):
     return path.suffix.lower() in SUFFIXES and path.is_file()
 
 
+def find_folder(folder, names):
+    """The first of some folders inside a folder that there is, or None."""
+    for name in names:
+        if (folder / name).is_dir():
+            return folder / name
+    return None
+
+
 def first_image(folder):
     """An image in a folder, or in one below, if there is any."""
     return next(filter(is_image, folder.rglob("[!.]*")), None)
@@ -207,7 +215,7 @@ def drop_chunks(content):
 
 
 def hide_metadata(content):
-    """A file that gives its pixels even if its metadata are damaged, as they are hidden from the reader."""
+    """The same file, with metadata hidden from Pillow, which gives no pixels if they are damaged."""
     if content.startswith((b"II*\0", b"MM\0*")):
         return hide_tags(content)
     if content.startswith(b"\x89PNG"):
@@ -216,7 +224,7 @@ def hide_metadata(content):
 
 
 def identify(content, load):
-    """Pillow's image of a file's content, decoded if `load`. Raises one of a dozen kinds of exception."""
+    """Pillow's image of a file's content, decoded if `load`. Raises any of a dozen kinds of exception."""
     image = Image.open(io.BytesIO(content), formats=FORMATS)
     for name in ("icc_profile", "xmp"):  # which a TIFF may say are numbers
         if not isinstance(image.info.get(name), bytes):
@@ -227,7 +235,7 @@ def identify(content, load):
 
 
 def identify_or_explain(path, content, load):
-    """The same, even if metadata are damaged, of which it warns. Raises what says why else a file isn't read."""
+    """The same, if need be without damaged metadata, of which it warns. What it raises says why."""
     try:
         return identify(content, load)
     except Exception as error:
@@ -265,7 +273,7 @@ def decode_png_16(content, image):
     """The pixels and perhaps alpha of a PNG of 16 bits, of which Pillow keeps 8."""
     import tensorflow as tf
 
-    if "transparency" not in image.info:  # one colour that is transparent
+    if "transparency" not in image.info:  # of one colour
         return tf.io.decode_png(content, dtype=tf.uint16).numpy()
     rgba = tf.io.decode_png(content, 4, tf.uint16).numpy()
     return rgba[..., 2:] if content[25] == 0 else rgba
@@ -277,8 +285,9 @@ def decode(path, content, image):
         depth, colour_type = content[24:26]
         if depth == 16:
             return decode_png_16(content, image)
-        if depth in (2, 4) and colour_type == 0 and "transparency" in image.info:
-            image.info["transparency"] *= 255 // (2**depth - 1)  # as Pillow does with the pixels only
+        if depth < 8 and colour_type == 0 and "transparency" in image.info:
+            grey = int.from_bytes(content.partition(b"\0\0\0\2tRNS")[2][:2])
+            image.info["transparency"] = grey * 255 // (2**depth - 1)  # as Pillow does with the pixels only
     deep = image.mode.startswith("I;16")
     if image.format == "TIFF":
         depth = max(image.tag_v2.get(258, (8,)))
@@ -471,7 +480,7 @@ def keeps_16_bits(kind, pixels, alpha):
 
 
 def encode(path, kind, pixels, alpha, metadata):
-    """Write to a file, in a format by Pillow's name, what that can hold. Raises one of many kinds of exception."""
+    """Write to a file, in a format by Pillow's name, what that can hold. Raises any of a dozen kinds of exception."""
     channels = pixels.shape[2]
     if pixels.dtype == np.uint16 and kind == "PNG":  # of which Pillow writes only 8 bits
         import tensorflow as tf
@@ -538,24 +547,16 @@ LR_ENDINGS = ("x4", "_x4", "_LR", "")
 SMALLEST = 2 * 4 + 11  # the border that scores leave out, and the window of SSIM
 
 
-def find_folders(folder):
-    """The folder of the originals, and that of their small images or None. Raises UserError if it isn't clear."""
-    prefix = ""
-    for name in ("DIV2K_train_", "DIV2K_valid_"):
-        if (folder / f"{name}HR").is_dir():
-            prefix = name
-    hr_folder = folder / f"{prefix}HR"
-    if not hr_folder.is_dir():
-        hr_folder = folder
-    for name in LR_FOLDERS:
-        lr_folder = folder / f"{prefix}{name}"
-        if lr_folder.is_dir():
-            return hr_folder, lr_folder
+def find_lr_folder(folder, prefix):
+    """The folder of the small images, or None. Raises UserError if there seems to be one, of another name."""
+    lr_folder = find_folder(folder, [prefix + name for name in LR_FOLDERS])
+    if lr_folder:
+        return lr_folder
     for path in list_folder(folder):
         seems_lr = re.match(f"{prefix}(.*[_-])?LR", path.name, re.IGNORECASE)
         if seems_lr and first_image(path):
             raise UserError(f"{path} has images, but another name than {prefix}LR_x4: rename it, or move it away")
-    return hr_folder, None
+    return None
 
 
 def find_lr(hr_path, lr_paths):
@@ -576,13 +577,15 @@ def scoring_pairs(folder: str | Path) -> list[tuple[str, Path, Path | None]]:
     are names with _HR, as in SelfExSR, images with neither are the results of other programs. Warns of what isn't used.
     """
     folder = Path(folder)
-    hr_folder, lr_folder = find_folders(folder)
+    hr_folder = find_folder(folder, ["DIV2K_valid_HR", "DIV2K_train_HR", "HR"])
+    prefix = hr_folder.name.removesuffix("HR") if hr_folder else ""
+    lr_folder = find_lr_folder(folder, prefix)
     used = [hr_folder]
     if lr_folder:
         used += [lr_folder, lr_folder.parent]
-    if hr_folder != folder:
+    if hr_folder:
         warn_of_unused_images(folder, used)
-    images = list_images(hr_folder, *used)
+    images = list_images(hr_folder or folder, *used)
     originals = [path for path in images if path.stem.endswith("_HR")]
     if not originals:
         originals = [path for path in images if lr_folder or not path.stem.endswith("_LR")]
@@ -697,7 +700,7 @@ def open_prepared(path):
 
 
 def digest(value):
-    """32 characters that tell values, by what they look like printed, from others."""
+    """A hash of what a value looks like when printed: 32 characters."""
     return hashlib.sha256(repr(value).encode()).hexdigest()[:32]
 
 
@@ -762,7 +765,7 @@ def prepare_image(job):
 
 
 def prepare(folder, cache, *others):
-    """Prepare the images of a folder, except those that are. Returns the files of the usable ones."""
+    """Prepare the images of a folder, except those that are, but not `others` in it. Returns the usable ones' files."""
     resolved = folder.resolve()
     store = cache / "prepared" / f"{resolved.name[:40]}-{digest(str(resolved))[:8]}"
     files = {}
@@ -803,10 +806,12 @@ def clean_stale_stores(cache):
 
 def find_cache(cache_dir):
     """The folder for DIV2K and the prepared images: as given, or beside the program, or in the user's cache folder."""
-    folders = [Path(cache_dir)] if cache_dir else [Path(__file__).resolve().parent / "data"]
+    folders = [Path(__file__).resolve().parent / "data"]
     users = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if not cache_dir and os.path.isabs(users):  # it is not for a user without a home
+    if os.path.isabs(users):  # it is not for a user without a home
         folders.append(Path(users) / "srgan")
+    if cache_dir:
+        folders = [Path(cache_dir)]
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -827,14 +832,13 @@ def load(data_dir: str | Path | None = None, cache_dir: str | Path | None = None
     cache = find_cache(cache_dir)
     clean_stale_stores(cache)
     folder = Path(data_dir) if data_dir else div2k(cache / "DIV2K")
-    trains = [folder / name for name in ("DIV2K_train_HR", "train") if (folder / name).is_dir()]
-    valids = [folder / name for name in ("DIV2K_valid_HR", "valid", "val", "validation") if (folder / name).is_dir()]
-    used = trains[:1] + valids[:1]
-    if trains:
-        warn_of_unused_images(folder, used)
-    files = prepare(trains[0] if trains else folder, cache, *valids[:1])
-    if valids:
-        return PreparedImages(files), PreparedImages(prepare(valids[0], cache))
+    train_folder = find_folder(folder, ["DIV2K_train_HR", "train"])
+    valid_folder = find_folder(folder, ["DIV2K_valid_HR", "valid", "val", "validation"])
+    if train_folder:
+        warn_of_unused_images(folder, [train_folder, valid_folder])
+    files = prepare(train_folder or folder, cache, valid_folder)
+    if valid_folder:
+        return PreparedImages(files), PreparedImages(prepare(valid_folder, cache))
     if len(files) < 2:
         raise UserError(f"{folder} needs at least 2 usable images, one of them for validation, but has {len(files)}")
     # A hash of the name decides which 3 % (1 to 10 images) validate, so adding an image moves at most one other.
@@ -848,8 +852,6 @@ def load(data_dir: str | Path | None = None, cache_dir: str | Path | None = None
 # ---- Patches ----
 
 VISIT_PIXELS = 400 * 400  # an epoch of training visits an image once per this many HR pixels
-JPEG_BLOCK = 16  # a patch needs the whole blocks of 16x16 pixels that it lies in,
-JPEG_SIDE = 48  # which are so large, wherever it lies
 
 
 def turn(square, way):
@@ -872,8 +874,13 @@ def patches(images: PreparedImages, batch_size: int, first_step: int, last_step:
     """
     import tensorflow as tf
 
-    block, side = (JPEG_BLOCK, JPEG_SIDE) if jpeg else (1, LR_PATCH)
-    visits = np.repeat(np.arange(len(images)), np.maximum(images.sizes.prod(axis=1) * SCALE**2 // VISIT_PIXELS, 1))
+    block = 1
+    side = LR_PATCH
+    if jpeg:  # which needs the whole blocks that a patch lies in, wherever that is
+        block = 16
+        side = 48
+    areas = images.sizes.prod(axis=1) * SCALE**2
+    visits = np.repeat(np.arange(len(images)), np.maximum(areas // VISIT_PIXELS, 1))
     # Where in a flat window of side x side pixels the pixels of a patch are, by the way it is turned.
     positions = np.arange(side * side, dtype=np.int32).reshape(side, side)[:LR_PATCH, :LR_PATCH]
     turned = np.stack([turn(positions, way).ravel() for way in range(8)])

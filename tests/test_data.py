@@ -96,7 +96,9 @@ def test_a_folder_names_what_it_leaves_out(tmp_path):
     photos = save(tmp_path, {name: noise(96, 96) for name in names})
     for name in ("notes.txt", "g.gif", "photo.heic"):
         (photos / name).touch()
-    with pytest.warns(UserWarning, match=f"^{photos}: left out 4 .*: g.gif, more, notes.txt, photo.heic$"):
+    with pytest.warns(
+        UserWarning, match=f"^{photos}: left out 4 of its files and folders: g.gif, more, notes.txt, photo.heic$"
+    ):
         images = data.list_images(photos, photos / "HR")
     assert images == [photos / "a.JPG", photos / "b.png"]
     for i in range(3):
@@ -236,7 +238,7 @@ def test_other_folders_with_images_are_named(tmp_path):
     pairs = lay_out(tmp_path, "HR/a.png", "LR_x4/a.png")
     save(tmp_path, {"LR_jpeg/a.png": noise(10, 10), "results/a.png": noise(40, 40), "b.png": noise(40, 40)})
     (tmp_path / "notes").mkdir()
-    with pytest.warns(UserWarning, match=f"^{tmp_path}: left out 3 files and folders: LR_jpeg, b.png, results$"):
+    with pytest.warns(UserWarning, match=f"^{tmp_path}: left out 3 of its files and folders: LR_jpeg, b.png, results$"):
         assert data.scoring_pairs(tmp_path) == pairs
 
 
@@ -303,7 +305,7 @@ def test_a_folder_trains_on_what_can_be_used_and_names_the_rest(tmp_path, cache)
         assert sorted(train.names + valid.names) == ["a.png", "b.jpg"]
         assert len(valid) == 1
         unused, one, other = (str(warning.message) for warning in told)
-        assert unused == f"{photos}: left out 1 files and folders: test"
+        assert unused == f"{photos}: left out 1 of its files and folders: test"
         assert one.startswith(f"left out: can't read {damaged}: ")
         assert other.startswith(f"left out: {photos}/train/small.png is smaller than a patch")
 

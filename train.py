@@ -226,14 +226,21 @@ def content_phase(name: str, steps: int, seed: int, generator, vgg, args) -> Pha
 class Average:
     """The generator with its weights averaged over the steps of a phase or, if that is off, as they are: `network`."""
 
+    PATCHES = 256  # to measure normalisation statistics on
+
     def __init__(self, phase: Phase, images, args):
         self.generator = phase.state["generator"]
         self.optimizer = phase.state["optimizer"]
         self.network = self.generator
-        if self.optimizer.use_ema:
-            self.network = model.generator()
-            patches = data.patches(images, 16, 0, 16, args.seed, args.jpeg)
-            self.lrs = [lr for lr, _ in patches]
+        if not self.optimizer.use_ema:
+            return
+        self.network = model.generator()
+        features = self.network.get_layer("trunk").output  # no normalisation comes after it
+        self.trunk = keras.Model(self.network.input, features)
+        for layer in self.network.layers:
+            if isinstance(layer, keras.layers.BatchNormalization):
+                layer.momentum = 0  # the statistics are those of one batch
+        (self.batch,) = data.patches(images, self.PATCHES, 0, 1, args.seed, args.jpeg)
 
     def update(self):
         """Bring the network up to date."""
@@ -244,11 +251,8 @@ class Average:
             return
         self.optimizer.finalize_variable_values(self.network.trainable_variables)
         # Normalisation statistics belong to the weights that they were measured with, so the averages get their own.
-        for i, lr in enumerate(self.lrs):
-            for layer in self.network.layers:
-                if isinstance(layer, keras.layers.BatchNormalization):
-                    layer.momentum = i / (i + 1)  # the mean of all batches so far
-            self.network(lr, training=True)
+        lr, _ = self.batch
+        self.trunk(lr, training=True)
 
 
 def middle(lr: np.ndarray, hr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -158,7 +158,7 @@ def test_ema_averages_the_weights_and_checkpoints_come_in_time(tiny_networks, ph
         np.testing.assert_allclose(variable, expected, rtol=1e-4, atol=1e-6)
     # Their normalisation has the statistics of their own features.
     images, _ = data.load(photos, photos.with_name("cache"))
-    lrs = np.concatenate([lr for lr, _ in data.patches(images, 16, 0, 16, seed=3)])
+    ((lrs, _),) = data.patches(images, train.Average.PATCHES, 0, 1, seed=3)
     features = keras.Model(network.input, network.get_layer("conv").output)(lrs).numpy()
     mean = features.mean((0, 1, 2))
     np.testing.assert_allclose(network.get_layer("trunk").moving_mean, mean, rtol=1e-3, atol=1e-4)

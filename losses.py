@@ -1,4 +1,4 @@
-"""The losses of Ledig et al. 2017, section 2.2, with four more, and the metrics PSNR and SSIM.
+"""The losses of Ledig et al. 2017, section 2.2, with three more, and the metrics PSNR and SSIM.
 
 Losses take batches of RGB images, `(batch, height, width, 3)` float32 from 0 to 255, or discriminator logits, and
 return a scalar. Metrics take two images, `(height, width, channels)` uint8.
@@ -111,23 +111,6 @@ def mesh_loss(sr):
     steps = tf.stack([across, tf.transpose(down, (0, 2, 1))])
     sizes = tf.reduce_mean(tf.reshape(steps, (2, -1, 4)), 1) + 0.1  # so that flat patches have none
     return 2 * tf.reduce_mean(tf.square(sizes / tf.reduce_mean(sizes, 1, keepdims=True) - 1))
-
-
-def artifact_loss(hr, sr):
-    """Errors that look like artifacts, weighted as by Liang et al. 2022, "Details or Artifacts" (arXiv:2203.09195).
-
-    Not in the SRGAN paper. Specks and false edges, unlike texture, are off by a lot in a few pixels. So the error of a
-    pixel, summed over RGB from 0 to 1, is weighted by the variance of the errors in the 7x7 pixels around it and by the
-    fifth root of their variance in the patch. No gradient flows through the weight. Liang et al. also set the weight to
-    0 where the image of an averaged generator errs less; that is left out.
-    """
-    error = tf.reduce_sum(tf.abs(hr - sr), -1, keepdims=True) / 255
-    around = tf.pad(error, [[0, 0], [3, 3], [3, 3], [0, 0]], "REFLECT")
-    mean = tf.nn.avg_pool2d(around, 7, 1, "VALID")
-    mean_square = tf.nn.avg_pool2d(tf.square(around), 7, 1, "VALID")
-    variance = mean_square - tf.square(mean)
-    patch_variance = tf.math.reduce_variance(error, (1, 2, 3), keepdims=True)
-    return tf.reduce_mean(tf.stop_gradient(variance * patch_variance**0.2) * error)
 
 
 # ---- Metrics ----

@@ -38,7 +38,7 @@ VALIDATION_SIDE = 96  # LR pixels of each image that are upscaled, in both direc
 PHASES = {"pretrain": ("PREGENSTEPS", "lr_pre_gen"), "gan": ("STEPS", "lr_gen"), "finish": ("finish", "lr_gen")}
 # What can't change when a run is resumed: KEPT; KEPT_BY_GAN, once the GAN has begun; STEPS, once its finish has.
 KEPT = ("BATCH_SIZE", "images", "weights", "precision", "ema", "jpeg", "seed")
-KEPT_BY_GAN = ("PREGENSTEPS", "vgg_layer", "adversarial", "colour", "artifact", "mesh", "penalty")
+KEPT_BY_GAN = ("PREGENSTEPS", "vgg_layer", "adversarial", "colour", "mesh", "penalty")
 
 
 # ---- Devices ----
@@ -147,10 +147,6 @@ def added_losses(hr, sr, args):
         colour = losses.colour_loss(hr, sr)
         added += args.colour * colour
         scalars["Colour Loss"] = colour
-    if args.artifact:
-        artifact = losses.artifact_loss(hr, sr)
-        added += args.artifact * artifact
-        scalars["Artifact Loss"] = artifact
     if args.mesh:
         mesh = losses.mesh_loss(sr)
         added += args.mesh * mesh
@@ -205,7 +201,7 @@ def srgan_phase(name: str, steps: int, seed: int, generator, vgg, args) -> Phase
 
 
 def content_phase(name: str, steps: int, seed: int, generator, vgg, args) -> Phase:
-    """The generator alone, on the content loss (equation 5): `srgan_phase` if the adversarial loss has no weight."""
+    """The generator alone, on the content loss (equation 5): the finish, or SRGAN without an adversarial loss."""
     optimizer = adam(generator, name, steps, args, args.ema)
 
     def step(lr, hr):
@@ -226,14 +222,21 @@ def content_phase(name: str, steps: int, seed: int, generator, vgg, args) -> Pha
 class Average:
     """The generator with its weights averaged over the steps of a phase or, if that is off, as they are: `network`."""
 
+    PATCHES = 256  # to measure normalisation statistics on
+
     def __init__(self, phase: Phase, images, args):
         self.generator = phase.state["generator"]
         self.optimizer = phase.state["optimizer"]
         self.network = self.generator
-        if self.optimizer.use_ema:
-            self.network = model.generator()
-            patches = data.patches(images, 16, 0, 16, args.seed, args.jpeg)
-            self.lrs = [lr for lr, _ in patches]
+        if not self.optimizer.use_ema:
+            return
+        self.network = model.generator()
+        features = self.network.get_layer("trunk").output  # no normalisation comes after it
+        self.trunk = keras.Model(self.network.input, features)
+        for layer in self.network.layers:
+            if isinstance(layer, keras.layers.BatchNormalization):
+                layer.momentum = 0  # the statistics are those of one batch
+        (self.batch,) = data.patches(images, self.PATCHES, 0, 1, args.seed, args.jpeg)
 
     def update(self):
         """Bring the network up to date."""
@@ -244,11 +247,8 @@ class Average:
             return
         self.optimizer.finalize_variable_values(self.network.trainable_variables)
         # Normalisation statistics belong to the weights that they were measured with, so the averages get their own.
-        for i, lr in enumerate(self.lrs):
-            for layer in self.network.layers:
-                if isinstance(layer, keras.layers.BatchNormalization):
-                    layer.momentum = i / (i + 1)  # the mean of all batches so far
-            self.network(lr, training=True)
+        lr, _ = self.batch
+        self.trunk(lr, training=True)
 
 
 def middle(lr: np.ndarray, hr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -549,9 +549,9 @@ def run_phases(run_dir: Path, args):
     vgg = None
     if args.STEPS or args.finish:
         vgg = losses.vgg_features(args.vgg_layer, args.vgg_weights)
-    perceptual_phase = srgan_phase
+    gan_phase = srgan_phase
     if not args.adversarial:  # nobody would listen to a discriminator
-        perceptual_phase = content_phase
+        gan_phase = content_phase
 
     keras.utils.set_random_seed(args.seed)
     generator = model.generator()
@@ -563,10 +563,10 @@ def run_phases(run_dir: Path, args):
         fit(srresnet_phase(generator, args), images, pairs, args)
         write(srresnet, generator.save_weights)
     if args.STEPS:
-        fit(perceptual_phase("gan", args.STEPS, args.seed + 1, generator, vgg, args), images, pairs, args)
+        fit(gan_phase("gan", args.STEPS, args.seed + 1, generator, vgg, args), images, pairs, args)
         write(run_dir / "gan.weights.h5" if args.finish else srgan, generator.save_weights)
     if args.finish:
-        fit(perceptual_phase("finish", args.finish, args.seed + 2, generator, vgg, args), images, pairs, args)
+        fit(content_phase("finish", args.finish, args.seed + 2, generator, vgg, args), images, pairs, args)
         write(srgan, generator.save_weights)
     result = srgan if vgg else srresnet
     print(f"To upscale: python3 main.py --pretrained --weights {shlex.quote(str(result))}")

@@ -50,7 +50,9 @@ def refusal(capsys, *argv, started=False):
     except SystemExit as stop:
         code = stop.code
     printed = capsys.readouterr()
-    assert code in (1, 2) and printed.err.count("\n") == 1 and ("Running on" in printed.out) == started, printed
+    assert code in (1, 2)
+    assert printed.err.count("\n") == 1, printed
+    assert ("Running on" in printed.out) == started, printed
     return printed.err
 
 

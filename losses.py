@@ -4,6 +4,7 @@ Losses take batches of RGB images, `(batch, height, width, 3)` float32 from 0 to
 return a scalar. Metrics take two images, `(height, width, channels)` uint8.
 """
 
+import os
 import warnings
 
 import keras
@@ -13,10 +14,9 @@ import tensorflow as tf
 # VGG19's features are scaled before they are compared (section 3.2). The paper's factor, 1/12.75, is for block5_conv4,
 # its VGG54. The others bring the content loss of a pre-trained generator to about the same value, 0.07.
 FEATURE_SCALES = {"block2_conv2": 1 / 510, "block3_conv4": 1 / 1600, "block5_conv4": 1 / 12.75}
-VGG_URL = (
-    "https://storage.googleapis.com/tensorflow/keras-applications/vgg19/"
-    "vgg19_weights_tf_dim_ordering_tf_kernels_notop.h5"
-)
+VGG_FILE = "vgg19_weights_tf_dim_ordering_tf_kernels_notop.h5"
+VGG_URL = f"https://storage.googleapis.com/tensorflow/keras-applications/vgg19/{VGG_FILE}"
+VGG_MD5 = "253f8cb515780f3b799900260a226db6"
 BORDER = 4  # pixels at each side that the metrics leave out (section 3.1)
 
 
@@ -36,7 +36,11 @@ def vgg_features(layer: str, weights=None) -> keras.Model:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Keras warns of a file that doesn't fit, before it raises
-            vgg = keras.applications.VGG19(include_top=False, weights=str(weights) if weights else "imagenet")
+            path = weights
+            if path is None:  # from where Keras, too, keeps it
+                home = os.path.expanduser("~/.keras")
+                path = keras.utils.get_file(VGG_FILE, VGG_URL, file_hash=VGG_MD5, cache_dir=home, cache_subdir="models")
+            vgg = keras.applications.VGG19(include_top=False, weights=str(path))
     except Exception as error:  # Keras and h5py raise a dozen kinds on damaged files, and a bare Exception offline
         what = f"can't download VGG19's weights ({error})"
         if weights:

@@ -12,7 +12,6 @@ import importlib.util
 import os
 import signal
 import sys
-import tempfile
 import threading
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -22,8 +21,7 @@ WEIGHTS = Path(__file__).resolve().parent / "weights" / "srgan.weights.h5"
 # The flags of `--recipe release`. The weights in weights/ were trained with nearly these: see weights/README.md.
 RELEASE = (
     "--PREGENSTEPS 34000 --STEPS 7000 --finish 300 --BATCH_SIZE 64 --lr_pre_gen 6e-4 --lr_gen 2e-4 --lr_decay cosine "
-    "--vgg_layer block3_conv4 --adversarial 1e-2 --colour 10 --artifact 32 --mesh 0.3 --penalty 0.1 --jpeg 60-95 "
-    "--ema 0.999"
+    "--vgg_layer block3_conv4 --adversarial 1e-2 --colour 10 --mesh 0.3 --penalty 0.1 --jpeg 60-95 --ema 0.999"
 )
 # The flags that go with each mode, beside its own. Without one of these modes, the program trains.
 MODES = {
@@ -111,10 +109,9 @@ def make_parser() -> argparse.ArgumentParser:
     add(group, "--vgg_weights", str, "FILE", None, "VGG19 weights (default: downloaded once by Keras)")
     add(group, "--adversarial", weight, "W", 1e-3, "weight of the adversarial loss, beside the content loss")
     add(group, "--colour", weight, "W", 0.0, "weight of the colour loss")
-    add(group, "--artifact", weight, "W", 0.0, "weight of the artifact loss")
     add(group, "--mesh", weight, "W", 0.0, "weight of the mesh loss")
     add(group, "--penalty", weight, "W", 0.0, "weight of the gradient penalty in the discriminator's loss")
-    add(group, "--finish", steps, "N", 0, "GAN training steps after those, with a new discriminator; 0: none")
+    add(group, "--finish", steps, "N", 0, "steps after those, on the content loss alone; 0: none")
     decays = ("paper", "cosine", "none")
     add(
         group, "--lr_decay", decays, None, "paper", "paper: a tenth in the GAN's 2nd half; cosine: to 0, over all STEPS"
@@ -283,26 +280,12 @@ def quiet_stderr():
         os.close(stderr)
 
 
-@contextlib.contextmanager
-def environment(name, value):
-    """Set an environment variable for a while."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
 def start_tensorflow(precision="float32"):
     """Import TensorFlow and Keras, quietly and set up for the machine and the program. Prints the device."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ["KERAS_BACKEND"] = "tensorflow"
-    # The user's keras.json is for other programs: Keras looks for it in an empty folder.
-    with quiet_stderr(), tempfile.TemporaryDirectory() as empty, environment("KERAS_HOME", empty):
+    os.environ["KERAS_HOME"] = os.devnull  # the user's keras.json is for other programs
+    with quiet_stderr():
         import keras
         import tensorflow as tf
 

@@ -228,18 +228,21 @@ def set_folded_weights(folded: keras.Model, network: keras.Model) -> None:
 # How far a value reaches, in LR pixels: 4 + 32 + 1 in the trunk's convolutions, 1 + 1/2 + 1 in the tail's.
 TRUNK_HALO = 4 + 2 * BLOCKS + 1
 TAIL_HALO = 3
+# The image is mirrored at its border, as MATLAB's imresize does. With zeros there, as inside the network, the outermost
+# pixels of the result get a mesh and a darker rim, 241 on a white page.
+BORDER = 4
 
 
-def cut(span: slice, side: int, halo: int, length: int):
+def cut(span: slice, side: int, halo: int, bounds: slice):
     """Cut a span of an image's rows or columns into equal parts of at most `side`. Yields each, and a window of it.
 
-    A window reaches at least `halo` farther than its part, where the image goes on for so long. All windows of a span
-    have the same size, because a GPU tries out its algorithms anew for each other size.
+    A window reaches at least `halo` farther than its part, or to the bounds. All windows of a span have the same size,
+    because a GPU tries out its algorithms anew for each other size.
     """
     count = math.ceil((span.stop - span.start) / side)
     step = math.ceil((span.stop - span.start) / count)
     parts = [slice(start, min(start + step, span.stop)) for start in range(span.start, span.stop, step)]
-    windows = [slice(max(part.start - halo, 0), min(part.stop + halo, length)) for part in parts]
+    windows = [slice(max(part.start - halo, bounds.start), min(part.stop + halo, bounds.stop)) for part in parts]
     size = max(window.stop - window.start for window in windows)
     for part, window in zip(parts, windows):
         start = min(window.start, windows[-1].stop - size)
@@ -252,10 +255,10 @@ class Area(NamedTuple):
     rows: slice
     columns: slice
 
-    def tiles(self, side: int, halo: int, height: int, width: int):
-        """Cut into tiles of at most `side`. Yields each, and a window of it, as far as the image of this size goes."""
-        for rows, window_rows in cut(self.rows, side, halo, height):
-            for columns, window_columns in cut(self.columns, side, halo, width):
+    def tiles(self, side: int, halo: int, bounds: "Area"):
+        """Cut into tiles of at most `side`. Yields each, and a window with `halo` more pixels, inside the bounds."""
+        for rows, window_rows in cut(self.rows, side, halo, bounds.rows):
+            for columns, window_columns in cut(self.columns, side, halo, bounds.columns):
                 yield Area(rows, columns), Area(window_rows, window_columns)
 
     def within(self, other: "Area", scale: int = 1) -> tuple[slice, slice]:
@@ -323,15 +326,15 @@ class Upscaler:
 
     def upscale(self, lr):
         height, width, channels = lr.shape
-        whole = Area(slice(0, height), slice(0, width))
+        image = Area(slice(0, height), slice(0, width))
         result = np.empty((SCALE * height, SCALE * width, channels), lr.dtype)
         in_flight = collections.deque()
 
         def copy_oldest():
             tile, pixels = in_flight.popleft()
-            result[tile.within(whole, SCALE)] = pixels  # waits for the device
+            result[tile.within(image, SCALE)] = pixels  # waits for the device
 
-        for item in self.upscaled_tiles(lr, whole):
+        for item in self.upscaled_tiles(lr, image):
             in_flight.append(item)
             if len(in_flight) > self.IN_FLIGHT:
                 copy_oldest()
@@ -339,16 +342,17 @@ class Upscaler:
             copy_oldest()
         return result
 
-    def upscaled_tiles(self, lr, whole):
+    def upscaled_tiles(self, lr, image):
         """Yields areas of the image, and their pixels upscaled, on the device."""
-        height, width, _ = lr.shape
         maximum = np.iinfo(lr.dtype).max
         is_grey = bool((lr == lr[..., :1]).all())
-        trunk_tiles = list(whole.tiles(self.trunk_side, TRUNK_HALO + TAIL_HALO, height, width))
+        bounds = Area(slice(-BORDER, image.rows.stop + BORDER), slice(-BORDER, image.columns.stop + BORDER))
+        lr = np.pad(lr, ((BORDER, BORDER), (BORDER, BORDER), (0, 0)), "symmetric")
+        trunk_tiles = list(image.tiles(self.trunk_side, TRUNK_HALO + TAIL_HALO, bounds))
         for trunk_tile, trunk_window in tqdm(trunk_tiles, unit="tile", leave=False, delay=3, disable=None):
-            x = np.float32(lr[trunk_window]) * np.float32(255 / maximum)
+            x = np.float32(lr[trunk_window.within(bounds)]) * np.float32(255 / maximum)
             features = self.run_trunk(np.broadcast_to(x, (*x.shape[:2], 3)))
-            for tile, window in trunk_tile.tiles(self.tail_side, TAIL_HALO, height, width):
+            for tile, window in trunk_tile.tiles(self.tail_side, TAIL_HALO, bounds):
                 sr = self.run_tail(features[window.within(trunk_window)])
                 sr = sr[tile.within(window, SCALE)]
                 if is_grey:

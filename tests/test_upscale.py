@@ -43,8 +43,14 @@ def weights(tmp_path_factory, monkeypatch):
 
 
 def raw(network, lr):
-    """The image upscaled in one piece: `(h, w, 3)` to float32 `(4h, 4w, 3)`."""
+    """What the network makes of an image in one piece: `(h, w, 3)` to float32 `(4h, 4w, 3)`."""
     return network(np.float32(lr[None]), training=False)[0].numpy()
+
+
+def mirrored(network, lr):
+    """The same of an image that is mirrored at its border."""
+    lr = np.pad(lr, ((4, 4), (4, 4), (0, 0)), "symmetric")
+    return raw(network, lr)[16:-16, 16:-16]
 
 
 def assert_equal_but_for_rounding(sr, expected):
@@ -64,7 +70,7 @@ def test_tiles_are_exact(disturbed, height, width, tiles):
     lr = make_image(3)[:height, :width]
     sr = model.Upscaler(disturbed, tiles=tiles)(lr)
     assert sr.std() > 20 or sr.size < 100
-    assert_equal_but_for_rounding(sr, raw(disturbed, lr))
+    assert_equal_but_for_rounding(sr, mirrored(disturbed, lr))
 
 
 @pytest.mark.parametrize("length", [1, 7, 100, 101, 250, 399])
@@ -74,17 +80,20 @@ def test_windows_have_one_size_and_reach_far_enough(length, span):
     start, stop = (int(share * length) for share in span)
     if start == stop:
         stop += 1
-    parts = list(model.cut(slice(start, stop), side, halo, length))
+    parts = list(model.cut(slice(start, stop), side, halo, slice(-4, length + 4)))
     assert len({window.stop - window.start for _, window in parts}) == 1
     covered = []
     for part, window in parts:
         covered += range(part.start, part.stop)
         assert part.stop - part.start <= side
-        assert window.start <= max(part.start - halo, 0)
-        assert window.stop >= min(part.stop + halo, length)
-        assert max(start - halo, 0) <= window.start
-        assert window.stop <= min(stop + halo, length)
+        assert max(start - halo, -4) <= window.start <= max(part.start - halo, -4)
+        assert min(part.stop + halo, length + 4) <= window.stop <= min(stop + halo, length + 4)
     assert covered == list(range(start, stop))
+
+
+def test_the_border_of_a_white_page_stays_white():
+    sr = model.Upscaler(model.load_generator(main.WEIGHTS))(np.full((24, 24, 3), 255, np.uint8))
+    assert sr.min() >= 250  # 241 with zeros beyond the border
 
 
 def test_a_large_image_brings_windows_of_one_shape_to_each_half_of_the_network(disturbed, monkeypatch):
@@ -127,7 +136,7 @@ def test_halos_are_enough_and_no_more_than_that(monkeypatch):
         look_far(network, axis, end)
         upscaler.load(network)
         lr = make_image(3, 8, 88) if axis == 0 else make_image(3, 88, 8)
-        expected = raw(network, lr)
+        expected = mirrored(network, lr)
         assert_equal_but_for_rounding(upscaler(lr), expected)
         for name in ("TRUNK_HALO", "TAIL_HALO"):
             with monkeypatch.context() as patch:
@@ -140,7 +149,7 @@ def test_grey_stays_grey_and_the_rest_is_the_networks(disturbed, kind, scale):
     lr = make_image(1, 40, 30)
     grey = lr[..., :1].repeat(3, axis=2)
     upscaler = model.Upscaler(disturbed)
-    expected = raw(disturbed, grey)
+    expected = mirrored(disturbed, grey)
     assert np.ptp(expected, axis=-1).mean() > 1
     sr = upscaler(kind(grey) * kind(scale))
     assert sr.dtype == kind
@@ -150,7 +159,7 @@ def test_grey_stays_grey_and_the_rest_is_the_networks(disturbed, kind, scale):
 
     lr[:-1] = grey[:-1]  # one row with colour
     sr = upscaler(kind(lr) * kind(scale))
-    assert np.abs(sr / scale - raw(disturbed, lr).clip(0, 255)).max() < 0.51 / scale + 0.001
+    assert np.abs(sr / scale - mirrored(disturbed, lr).clip(0, 255)).max() < 0.51 / scale + 0.001
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16])
@@ -174,8 +183,8 @@ def test_an_upscaler_takes_new_weights(disturbed):
     upscaler = model.Upscaler(model.generator(blocks=2))
     before = upscaler(lr)
     upscaler.load(disturbed)
-    assert np.abs(before - raw(disturbed, lr)).mean() > 1
-    assert_equal_but_for_rounding(upscaler(lr), raw(disturbed, lr))
+    assert np.abs(before - mirrored(disturbed, lr)).mean() > 1
+    assert_equal_but_for_rounding(upscaler(lr), mirrored(disturbed, lr))
 
 
 # ---- Export ----

@@ -341,8 +341,10 @@ def long_exif():
 TEXT = (2, 3, b"72\0")
 RATIONAL = (5, 1, struct.pack("<II", 72, 1))
 SHORTS = (3, 2, struct.pack("<HH", 1, 2))
+PHOTOSHOP = b"\xff\xd8\xff\xed\0\x16Photoshop 3.0\x008BIM\4\4"  # the start of a JPEG
 DAMAGED = {
     "resolution is empty.jpg": saved(RGB, "JPEG", exif=damaged_exif(), **BEST),
+    "photoshop's is cut off.jpg": PHOTOSHOP + saved(RGB, "JPEG", **BEST)[2:],
     "exif is nonsense.png": saved(RGB, "PNG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xffnonsense"),
     "exif is long.png": saved(RGB, "PNG", exif=long_exif()),
     "text is long.png": insert_chunk(saved(RGB, "PNG"), b"zTXt", b"a\0\0" + zlib.compress(bytes(65 << 20))),

@@ -220,7 +220,7 @@ def hide_metadata(content):
         return hide_tags(content)
     if content.startswith(b"\x89PNG"):
         return drop_chunks(content)
-    return content.replace(b"Exif", b"none")  # as JPEG and AVIF call it
+    return content.replace(b"Exif", b"none").replace(b"Photoshop", b"nothing..")  # as JPEG and AVIF call them
 
 
 def identify(content, load):

@@ -19,10 +19,12 @@ import data
 
 RGB = make_image(0, 40, 30)
 GREY = RGB[..., 1]
-RGBA = np.dstack([RGB, np.uint8(np.linspace(0, 255, 40))[None].repeat(30, axis=0)])
+RAMP = np.linspace(0, 255, 40).astype(np.uint8)
+RGBA = np.dstack([RGB, np.tile(RAMP, (30, 1))])
 LA = np.asarray(Image.fromarray(RGBA).convert("LA"))
 BEST = {"quality": 100, "subsampling": "4:4:4"}
-RGB_16 = np.random.default_rng(0).integers(0, 2**16, (30, 40, 3), np.uint16)
+RNG = np.random.default_rng(0)
+RGB_16 = RNG.integers(0, 2**16, (30, 40, 3), np.uint16)
 RGBA_16 = np.dstack([RGB_16, RGB_16[..., 0]])
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 GREY_PROFILE = SRGB[:16] + b"GRAY" + SRGB[20:]
@@ -88,9 +90,13 @@ def tiff(tags):
 
 def saved(pixels, kind, mode=None, **options):
     """The file that Pillow writes of pixels or its image."""
-    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image = pixels
+    if not isinstance(pixels, Image.Image):
+        image = Image.fromarray(pixels)
+    if mode:
+        image = image.convert(mode)
     file = io.BytesIO()
-    (image.convert(mode) if mode else image).save(file, kind, **options)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -172,7 +178,8 @@ def test_every_kind_into_every_format(tmp_path, kind, suffix):
         data.write_image(target, image, alpha, metadata)
     stays_deep = deep and (suffix == "png" or (suffix == "tif" and grey and not transparent))
     flattened = transparent and suffix in ("jpg", "bmp")
-    assert len(told) == (deep and not stays_deep) + flattened
+    loses_depth = deep and not stays_deep
+    assert len(told) == loses_depth + flattened
     made, made_alpha, _ = data.read_image(target)
     assert made.shape[:2] == (30, 40)
     assert made.dtype == (np.uint16 if stays_deep else np.uint8)
@@ -181,7 +188,8 @@ def test_every_kind_into_every_format(tmp_path, kind, suffix):
         assert made.shape[2] == 1
     lossless = suffix in ("png", "bmp", "tif") or (suffix == "webp" and "webp" in kind)
     if lossless and not transparent:
-        np.testing.assert_array_equal(made, image if stays_deep or not deep else np.rint(image / 257))
+        expected = np.rint(image / 257) if loses_depth else image
+        np.testing.assert_array_equal(made, expected)
     assert sorted(os.listdir(tmp_path)) == [source.name, target.name]
 
 
@@ -287,12 +295,15 @@ def test_orientation(tmp_path, kind, orientation):
     exif[ORIENTATION] = orientation
     path = tmp_path / "a.png"
     if kind == "16 bit PNG":  # where ExifTool writes it, after the pixels
-        path.write_bytes(insert_chunk(png_16(RGB_16), b"eXIf", exif.tobytes()[6:], place=-12))
-        upright = ImageOps.exif_transpose(Image.open(io.BytesIO(saved(np.uint8(RGB_16 >> 8), "PNG", exif=exif))))
+        content = insert_chunk(png_16(RGB_16), b"eXIf", exif.tobytes()[6:], place=-12)
+        known = saved(np.uint8(RGB_16 >> 8), "PNG", exif=exif)
     else:
-        path.write_bytes(saved(RGB, kind, exif=exif.tobytes()))
-        upright = ImageOps.exif_transpose(Image.open(path))
-    assert np.abs(np.int32(data.read_rgb(path)) - np.asarray(upright)).max() <= 1
+        content = saved(RGB, kind, exif=exif.tobytes())
+        known = content
+    path.write_bytes(content)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(known)))
+    difference = np.int32(data.read_rgb(path)) - np.asarray(upright)
+    assert np.abs(difference).max() <= 1
     data.write_image(tmp_path / "b.jpg", *data.read_image(path))
     with Image.open(tmp_path / "b.jpg") as image:
         assert image.size == upright.size
@@ -328,8 +339,10 @@ def test_metadata_is_kept_except_what_no_longer_holds(tmp_path, source, target):
 
 def damaged_exif():
     """EXIF that says of the resolution that it is an empty text, and has a unit."""
-    entries = struct.pack(">HHII", 282, 2, 1, 0) + struct.pack(">HHIHH", 296, 3, 1, 2, 0)
-    return b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">H", 2) + entries + bytes(4)
+    header = b"Exif\0\0MM\0*\0\0\0\x08"
+    entries = struct.pack(">HHHII", 2, 282, 2, 1, 0)
+    entries += struct.pack(">HHIHH", 296, 3, 1, 2, 0)
+    return header + entries + bytes(4)
 
 
 def long_exif():
@@ -341,8 +354,10 @@ def long_exif():
 TEXT = (2, 3, b"72\0")
 RATIONAL = (5, 1, struct.pack("<II", 72, 1))
 SHORTS = (3, 2, struct.pack("<HH", 1, 2))
+PHOTOSHOP = b"\xff\xd8\xff\xed\0\x16Photoshop 3.0\x008BIM\4\4"  # the start of a JPEG
 DAMAGED = {
     "resolution is empty.jpg": saved(RGB, "JPEG", exif=damaged_exif(), **BEST),
+    "photoshop's is cut off.jpg": PHOTOSHOP + saved(RGB, "JPEG", **BEST)[2:],
     "exif is nonsense.png": saved(RGB, "PNG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xffnonsense"),
     "exif is long.png": saved(RGB, "PNG", exif=long_exif()),
     "text is long.png": insert_chunk(saved(RGB, "PNG"), b"zTXt", b"a\0\0" + zlib.compress(bytes(65 << 20))),
@@ -398,10 +413,12 @@ def test_png_with_megabytes_of_text_or_profile(tmp_path, chunk):
 def test_colours_under_transparency_do_not_bleed(tmp_path):
     """A red disc on transparent black stays red at its edge, through an interpolation, and on white."""
     y, x = np.mgrid[:45, :51]
-    alpha = np.uint8(255 * ((y - 20) ** 2 + (x - 30) ** 2 < 200))
-    pixels = np.uint8([200, 30, 30]) * (alpha > 0)[..., None]
+    disc = (y - 20) ** 2 + (x - 30) ** 2 < 200
+    alpha = np.uint8(255 * disc)
+    red = np.uint8([200, 30, 30])
+    pixels = red * disc[..., None]
     spread = data.spread_colours(pixels, alpha)
-    np.testing.assert_array_equal(spread, np.broadcast_to(np.uint8([200, 30, 30]), pixels.shape))
+    np.testing.assert_array_equal(spread, np.broadcast_to(red, pixels.shape))
     path = tmp_path / "a.bmp"
     with pytest.warns(UserWarning, match=f"^{path} can't hold transparency: the image is put on white$"):
         data.write_image(path, data.bicubic(spread), data.bicubic(alpha))
@@ -459,7 +476,8 @@ def test_truncated_and_damaged_images_are_read_or_refused_in_one_line(tmp_path, 
             data.read_rgb(path)
     for _ in range(10):
         damaged = np.frombuffer(whole, np.uint8).copy()
-        damaged[rng.integers(0, len(damaged), 5)] = rng.integers(0, 256, 5)
+        places = rng.integers(0, len(damaged), 5)
+        damaged[places] = rng.integers(0, 256, 5)
         path.write_bytes(damaged)
         with contextlib.suppress(OSError):
             assert data.read_rgb(path).shape[2] == 3

@@ -394,11 +394,11 @@ def test_finish_goes_on_with_the_content_loss_alone(finished, photos, capsys):
 def test_the_readmes_command_fine_tunes(tiny_networks, whole, photos, tmp_path):
     readme = Path(__file__).parents[1].joinpath("README.md").read_text()
     (command,) = re.findall(r"```\npython3 main.py ([^`]*--run_dir runs/tuned[^`]*)```", readme)
-    words = shlex.split(command.replace("\\\n", " ").replace("FOLDER", str(photos)))
-    smaller = ["--BATCH_SIZE", 4, "--finish", 6]
+    command = command.replace("\\\n", " ").replace("FOLDER", str(photos))
+    command = re.sub(r" [1-9]\d+\b", " 6", command)  # fewer steps of fewer patches
     folders = ["--run_dir", tmp_path, "--cache_dir", photos.with_name("cache"), "--weights", whole[0] / SRGAN]
-    assert run(*words, *smaller, *folders) == 0
-    assert {path.name for path in tmp_path.glob("*.h5")} == {SRGAN}
+    assert run(*shlex.split(command), *folders) == 0
+    assert not (tmp_path / SRRESNET).exists()
     assert (tmp_path / SRGAN).read_bytes() != (whole[0] / SRGAN).read_bytes()
 
 

@@ -506,7 +506,7 @@ def check_options(run_dir: Path, options: dict) -> dict:
         what = f"--{name} {old}, not {new}"
         if name in ("images", "weights"):
             what = f"other {name}"
-        raise data.UserError(f"{run_dir} was begun with {what}: use the same, or another --run_dir")
+        raise data.UserError(f"{run_dir} was begun with {what}: use the same, or train in another folder")
 
     old_cores = before.get("cores", options["cores"])
     if old_cores != options["cores"] and not tf.config.list_physical_devices("GPU"):

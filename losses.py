@@ -83,11 +83,11 @@ def gradient_penalty(gradients):
 
 
 def colour_loss(hr, sr):
-    """Squared errors of chroma and of mean brightness, in the units of `mse_loss`. Sides are multiples of 4.
+    """Squared errors of chroma and of mean brightness, in the units of `mse_loss`. Sides: multiples of 4, at least 24.
 
     Not in the paper: VGG's features hardly see them. The chroma of each pixel keeps grey areas grey. The mean
-    brightness of each 4x4 block, one pixel of LR, keeps images from turning darker; its mean over the patch at each of
-    the 16 positions in a block keeps out a grid of 4 pixels.
+    brightness of each 4x4 block, one pixel of LR, keeps images from turning darker; its mean over any 6x6 blocks at
+    each of the 16 positions in a block keeps out a grid of 2 or 4 pixels.
     """
     # From RGB to brightness, their mean, and two chroma axes orthogonal to it, 0 for grey.
     brightness_axis = [2, 2, 2]
@@ -95,12 +95,14 @@ def colour_loss(hr, sr):
     yellow_blue_axis = [2**0.5, 2**0.5, -2 * 2**0.5]
     axes = np.float32([brightness_axis, red_green_axis, yellow_blue_axis]) / 6
     difference = tf.tensordot((hr - sr) / 127.5, axes.T, 1)
+    chroma = difference[..., 1:]
     brightness = tf.nn.space_to_depth(difference[..., :1], 4)  # (batch, h / 4, w / 4, 16 positions)
-    chroma = tf.reduce_mean(tf.square(difference[..., 1:]))
-    blocks = tf.reduce_mean(tf.square(tf.reduce_mean(brightness, 3)))
-    positions = tf.reduce_mean(tf.square(tf.reduce_mean(brightness, (1, 2))))
-    # 10: with 1, the grid was twice as strong; with 2, a grey photograph kept a colour noise of 3.8 grey levels.
-    return blocks + 10 * (chroma + positions)
+    blocks = tf.reduce_mean(brightness, 3)
+    positions = tf.nn.avg_pool2d(brightness, 6, 1, "VALID")
+    # 10: with 2, a grey photograph kept a colour noise of 3.8 grey levels.
+    loss = tf.reduce_mean(tf.square(blocks))
+    loss += 10 * tf.reduce_mean(tf.square(chroma))
+    return loss + 10 * tf.reduce_mean(tf.square(positions))
 
 
 def mesh_loss(sr):

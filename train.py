@@ -172,8 +172,9 @@ def srgan_phase(name: str, steps: int, seed: int, generator, vgg, args) -> Phase
             # The generator's images should have the features of the originals, and pass for originals.
             content = losses.content_loss(vgg(hr), vgg(sr))
             adversarial = losses.adversarial_loss(logits_sr)
+            generator_loss = content + args.adversarial * adversarial  # equation 3
             added, scalars = added_losses(hr, sr, args)
-            generator_loss = content + args.adversarial * adversarial + added
+            generator_loss += added
 
             # The discriminator should tell the two apart.
             discriminator_loss = losses.discriminator_loss(logits_hr, logits_sr)
@@ -505,7 +506,7 @@ def check_options(run_dir: Path, options: dict) -> dict:
         what = f"--{name} {old}, not {new}"
         if name in ("images", "weights"):
             what = f"other {name}"
-        raise data.UserError(f"{run_dir} was begun with {what}: use the same, or another --run_dir")
+        raise data.UserError(f"{run_dir} was begun with {what}: use the same, or train in another folder")
 
     old_cores = before.get("cores", options["cores"])
     if old_cores != options["cores"] and not tf.config.list_physical_devices("GPU"):

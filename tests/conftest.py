@@ -18,9 +18,8 @@ from PIL import Image, ImageDraw
 import main
 
 FLAGS = "--BATCH_SIZE 4 --PREGENSTEPS 23 --STEPS 34 --save_every 4 --eval_every 10 --seed 3 --ema 0.7"
-SIGNALS = {
-    number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-}
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+HANDLERS = {number: signal.getsignal(number) for number in STOPPING}
 
 
 def make_image(seed, width=128, height=112):
@@ -66,7 +65,7 @@ def training(photos, run_dir, *more):
 def restored():
     """What the program sets for its process is reset after each test."""
     yield
-    for number, handler in SIGNALS.items():
+    for number, handler in HANDLERS.items():
         signal.signal(number, handler)
     keras.config.set_dtype_policy("float32")
 
@@ -97,13 +96,15 @@ def start(photos):
 
     What the process prints is in the file `process.output`. It is forked from one that has imported TensorFlow.
     """
-    context, processes = multiprocessing.get_context("forkserver"), []
+    processes = []
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tiny"])
 
     def start(run_dir, *flags, **options):
         output = run_dir.with_suffix(f".{len(processes)}.log")
         output.touch()
-        process = context.Process(target=tiny.run, args=(training(photos, run_dir, *flags), output), kwargs=options)
+        argv = training(photos, run_dir, *flags)
+        process = context.Process(target=tiny.run, args=(argv, output), kwargs=options)
         process.output = output
         process.start()
         processes.append(process)

@@ -99,8 +99,8 @@ def test_vgg_needs_the_whole_file(flat_vgg, tmp_path):
 
 
 def colour_loss(difference):
-    """Of images `(8, 8, 3)` that differ so."""
-    hr = tf.fill((1, 8, 8, 3), 100.0)
+    """Of images `(96, 96, 3)` that differ so."""
+    hr = tf.fill((1, 96, 96, 3), 100.0)
     return float(losses.colour_loss(hr, hr + np.float32(difference)))
 
 
@@ -112,16 +112,25 @@ def test_colour_loss_sees_a_grid_and_no_texture():
     block = np.zeros((4, 4, 1))
     block[0, 0] = 127.5
     block[2, 2] = -127.5
-    grid = np.tile(block, (2, 2, 1))
+    grid = np.tile(block, (24, 24, 1))
     texture = np.block([[[block], [-block]], [[-block], [block]]])
     assert colour_loss(grid) == pytest.approx(10 * 2 / 16)
-    assert colour_loss(texture) == pytest.approx(0)
+    assert colour_loss(np.tile(texture, (12, 12, 1))) == pytest.approx(0)
+
+
+def test_colour_loss_sees_a_grid_that_changes_its_sign_from_one_half_to_the_other():
+    rows, columns = np.indices((96, 96))
+    checks = np.where((rows + columns) % 2, 1, -1)
+    mesh = np.where(columns < 48, checks, -checks)  # its mean over the patch is 0
+    # Of the 19 windows from left to right, 14 lie in one half, and 5 hold 1 to 5 columns of the other.
+    seen = 14 + sum(((6 - 2 * other) / 6) ** 2 for other in range(1, 6))
+    assert colour_loss(12.75 * mesh[..., None]) == pytest.approx(10 * 0.01 * seen / 19, rel=1e-4)
 
 
 @pytest.mark.parametrize("shift", [(2, -1, -1), (-1, 2, -1), (-1, -1, 2), (1, -1, 0)])
 def test_colour_loss_sees_chroma_at_each_pixel(shift):
     """Even where the next one has the opposite error, which no mean over pixels sees."""
-    checks = np.where(np.indices((8, 8)).sum(0) % 2, 1, -1)[..., None]
+    checks = np.where(np.indices((96, 96)).sum(0) % 2, 1, -1)[..., None]
     expected = 10 * 0.01 * np.mean(np.square(shift)) / 2  # the mean of two axes
     assert colour_loss(12.75 * checks * shift) == pytest.approx(expected, rel=1e-5)
 

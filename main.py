@@ -90,12 +90,19 @@ def make_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("upscaling, evaluation and export")
     add(group, "--input", str, "PATH", None, "an image, or a folder of images (default: input.jpg)")
-    add(group, "--output", str, "PATH", None, "the image to write, or a folder for the results (default: output.jpg)")
+    add(
+        group,
+        "--output",
+        str,
+        "PATH",
+        None,
+        "an image, or a folder for the results; of a link, the target is replaced (default: output.jpg)",
+    )
     add(group, "--format", str, "NAME", None, "format of the results in a folder, as png (default: as before)")
     group.add_argument("--skip_existing", action="store_true", help="skip images with whole, newer results in a folder")
     add(group, "--weights", str, "FILE", None, f"weights to use (default: weights/{WEIGHTS.name}), or to start from")
     add(group, "--blend", bounded(float, 0, 1), "A", None, "mix SRResNet (0) and SRGAN (1): low values invent less")
-    group.add_argument("--ensemble", action="store_true", help="average eight flips and rotations: better, slower")
+    group.add_argument("--ensemble", action="store_true", help="average eight flips and rotations: smoother, slower")
 
     group = parser.add_argument_group("training")
     add(group, "--recipe", ("paper", "release"), None, "paper", "release: the flags used for the weights in weights/")
@@ -113,9 +120,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(group, "--penalty", weight, "W", 0.0, "weight of the gradient penalty in the discriminator's loss")
     add(group, "--finish", steps, "N", 0, "steps after those, on the content loss alone; 0: none")
     decays = ("paper", "cosine", "none")
-    add(
-        group, "--lr_decay", decays, None, "paper", "paper: a tenth in the GAN's 2nd half; cosine: to 0, over all STEPS"
-    )
+    add(group, "--lr_decay", decays, None, "paper", "paper: a tenth in the GAN's 2nd half; cosine: to 0 in each phase")
     add(group, "--precision", ("float32", "bfloat16"), None, "float32", "number format to train or upscale in")
     add(group, "--ema", bounded(float, 0, 0.99999), "DECAY", 0.0, "average the generator's weights over steps; 0: off")
     add(
@@ -138,7 +143,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         argv = sys.argv[1:]
     parser = make_parser()
     args = parser.parse_args(argv)
-    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args))))  # None, where nothing is given
+    # Once more, without the defaults: what is not on the command line stays None.
+    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args))))
     if args.recipe == "release":
         args = parser.parse_args(RELEASE.split() + argv)
     args.mode = None
@@ -167,7 +173,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def check_mode(parser, name, mode):
     """Refuse a flag that does nothing in a mode."""
     if mode is None:
-        modes = [f"--{mode}" for mode in MODES if name in MODES[mode]]
+        modes = [f"--{other}" for other in MODES if name in MODES[other]]
         if modes and name not in TRAINING_TOO:
             parser.error(f"--{name} needs {' or '.join(modes)}")
     elif name != mode and name not in MODES[mode]:
@@ -338,9 +344,11 @@ def find_jobs(source: str, output: str, format: str | None = None) -> list[tuple
 
     source = Path(source)
     target = Path(output)
-    suffix = format and f".{format.lower().removeprefix('.')}"
-    if suffix and suffix not in data.SUFFIXES:
-        raise data.UserError(f"--format {format} is not one of {' '.join(sorted(data.SUFFIXES))}")
+    suffix = None
+    if format:
+        suffix = f".{format.lower().removeprefix('.')}"
+        if suffix not in data.SUFFIXES:
+            raise data.UserError(f"--format {format} is not one of {' '.join(sorted(data.SUFFIXES))}")
     if source.is_dir():
         if target.suffix.lower() in data.SUFFIXES or target.is_file():
             raise data.UserError(f"--input {source} is a folder: --output must be a folder, too, not {target}")
@@ -381,10 +389,11 @@ def check_jobs(jobs):
         if target in sources:
             raise data.UserError(f"{sources[target]} and {source} would both become {target}")
         sources[target] = source
-    folder = target.parent
+    result = jobs[0][1]
+    folder = result.parent  # of all results
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
-        raise data.UserError(f"can't write {target}: {folder} is read-only")
+        raise data.UserError(f"can't write {result}: {folder} is read-only")
 
 
 def is_done(source: Path, target: Path, weights: Path) -> bool:
@@ -479,7 +488,7 @@ def upscale_all(jobs: list[Job], upscaler) -> int:
     def waiting_bytes():
         return sum(job.result_bytes for job in unfinished if not job.written.done())
 
-    bar = tqdm(total=len(jobs), unit="image", disable=len(jobs) == 1 or None)
+    bar = tqdm(total=len(jobs), unit="image", disable=True if len(jobs) == 1 else None)  # None: only on a terminal
     try:
         coming = reader.submit(jobs[0].read)
         for job, following in zip(jobs, [*jobs[1:], None]):
@@ -565,15 +574,14 @@ def run_evaluation(args):
 
 def run_export(args):
     """`--export`: write the generator for other programs."""
-    target = Path(os.path.realpath(args.export))
     start_tensorflow()
     import data
     import model
 
     network = load_generator(args)
-    with data.atomic_write(target) as temporary:
+    with data.atomic_write(args.export) as temporary:
         model.export(network, temporary)
-    print(f"exported to {target}")
+    print(f"exported to {args.export}")
 
 
 def run_training(args):
@@ -586,6 +594,10 @@ def run_training(args):
     train.train(args)
 
 
+def exit_by_signal(number, frame):
+    sys.exit(128 + number)  # removes temporary files on the way
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the program. Returns the exit code."""
     args = parse(argv)
@@ -593,7 +605,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in STOPPING_SIGNALS:
         number = getattr(signal, name, None)  # not all are on Windows
         if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
-            signal.signal(number, lambda number, frame: sys.exit(128 + number))  # removes temporary files on the way
+            signal.signal(number, exit_by_signal)
     modes = {"pretrained": run_upscaling, "evaluate": run_evaluation, "export": run_export, None: run_training}
     try:
         modes[args.mode](args)
@@ -607,7 +619,7 @@ def main(argv: list[str] | None = None) -> int:
         if error.name not in ("numpy", "PIL", "tqdm", "keras", "tensorflow", "tensorboard"):
             raise
         report(f"{error}: activate the environment, or run pip install -r requirements.txt")
-    return 1 if "tensorflow" in sys.modules else 2
+    return 1 if "tensorflow" in sys.modules else 2  # it is imported when all is checked
 
 
 def open_standard_streams():

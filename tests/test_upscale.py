@@ -80,7 +80,7 @@ def test_windows_have_one_size_and_reach_far_enough(length, span):
     start, stop = (int(share * length) for share in span)
     if start == stop:
         stop += 1
-    parts = list(model.cut(slice(start, stop), side, halo, slice(-4, length + 4)))
+    parts = list(model.parts_and_windows(slice(start, stop), side, halo, slice(-4, length + 4)))
     assert len({window.stop - window.start for _, window in parts}) == 1
     covered = []
     for part, window in parts:

@@ -78,7 +78,7 @@ def make_parser() -> argparse.ArgumentParser:
             group.add_argument(flag, type=kind, metavar=metavar, default=default, help=help)
 
     group = parser.add_argument_group("main flags")
-    add(group, "--STEPS", steps, "N", 2000, "GAN training steps; 0: none")
+    add(group, "--STEPS", steps, "N", 2000, "GAN training steps; more of them extend a run, at the rate of the longer run")
     add(group, "--PREGENSTEPS", steps, "N", 2000, "generator pre-training steps; 0: none")
     add(group, "--BATCH_SIZE", bounded(int, 1, 10**6), "N", 128, "patches per step, over all devices")
     add(group, "--lr_pre_gen", rate, "RATE", 1e-4, "learning rate of the pre-training")
@@ -118,7 +118,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(group, "--colour", weight, "W", 0.0, "weight of the colour loss")
     add(group, "--mesh", weight, "W", 0.0, "weight of the mesh loss")
     add(group, "--penalty", weight, "W", 0.0, "weight of the gradient penalty in the discriminator's loss")
-    add(group, "--finish", steps, "N", 0, "steps after those, on the content loss alone; 0: none")
+    add(group, "--finish", steps, "N", 0, "last steps, on the content loss alone; 0: none")
     decays = ("paper", "cosine", "none")
     add(group, "--lr_decay", decays, None, "paper", "paper: a tenth in the GAN's 2nd half; cosine: to 0 in each phase")
     add(group, "--precision", ("float32", "bfloat16"), None, "float32", "number format to train or upscale in")
@@ -132,7 +132,7 @@ def make_parser() -> argparse.ArgumentParser:
         "compress half of the LR patches as JPEG, with these qualities",
     )
     add(group, "--save_every", interval, "N", 1000, "steps between checkpoints, which are at most five minutes apart")
-    add(group, "--eval_every", interval, "N", 100, "steps between validations")
+    add(group, "--eval_every", interval, "N", 500, "steps between validations")
     add(group, "--seed", bounded(int, 0, 2**31 - 1), "N", 0, "seed of the initial weights and the order of the data")
     return parser
 

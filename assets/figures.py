@@ -276,6 +276,7 @@ def comparison(path):
     upscale = model.Upscaler(generator)
     for name in NAMES.values():
         model.load_weights(generator, ROOT / "weights" / f"{name.lower()}.weights.h5")
+        upscale.load(generator)
         images[name] = upscale(lr)
     images["original"] = data.read_rgb(ROOT / "assets" / "raccoon.jpg")
     sheet({name: image[150:370, 380:620] for name, image in images.items()}, 2).save(path, optimize=True)

@@ -1,4 +1,4 @@
-"""The losses of Ledig et al. 2017, section 2.2, with three more, and the metrics PSNR and SSIM.
+"""The losses of Ledig et al. 2017, section 2.2, with two more, and the metrics PSNR and SSIM.
 
 Losses take batches of RGB images, `(batch, height, width, 3)` float32 from 0 to 255, or discriminator logits, and
 return a scalar. Metrics take two images, `(height, width, channels)` uint8.
@@ -103,20 +103,6 @@ def colour_loss(hr, sr):
     loss = tf.reduce_mean(tf.square(blocks))
     loss += 10 * tf.reduce_mean(tf.square(chroma))
     return loss + 10 * tf.reduce_mean(tf.square(positions))
-
-
-def mesh_loss(sr):
-    """How unevenly squared steps from pixel to pixel lie over the 4 positions in a block: in photographs, evenly.
-
-    Not in the paper: pixel shuffles can leave a mesh on skin or water that the other losses hardly see. Sides are
-    multiples of 4.
-    """
-    grey = tf.reduce_mean(sr, 3)
-    across = tf.square(grey[:, :, 1:-3] - grey[:, :, :-4])
-    down = tf.square(grey[:, 1:-3] - grey[:, :-4])
-    steps = tf.stack([across, tf.transpose(down, (0, 2, 1))])
-    sizes = tf.reduce_mean(tf.reshape(steps, (2, -1, 4)), 1) + 0.1  # so that flat patches have none
-    return 2 * tf.reduce_mean(tf.square(sizes / tf.reduce_mean(sizes, 1, keepdims=True) - 1))
 
 
 # ---- Metrics ----

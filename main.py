@@ -18,10 +18,10 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 WEIGHTS = Path(__file__).resolve().parent / "weights" / "srgan.weights.h5"
-# The flags of `--recipe release`. The weights in weights/ were trained with nearly these: see weights/README.md.
+# The flags of `--recipe release`. The weights in weights/ were made with others like these: see weights/README.md.
 RELEASE = (
     "--PREGENSTEPS 34000 --STEPS 7000 --finish 300 --BATCH_SIZE 64 --lr_pre_gen 6e-4 --lr_gen 2e-4 --lr_decay cosine "
-    "--vgg_layer block3_conv4 --adversarial 1e-2 --colour 10 --mesh 0.3 --penalty 0.1 --jpeg 60-95 --ema 0.999"
+    "--vgg_layer block3_conv4 --adversarial 1e-2 --colour 10 --penalty 0.1 --jpeg 60-95 --ema 0.999"
 )
 # The flags that go with each mode, beside its own. Without one of these modes, the program trains.
 MODES = {
@@ -78,7 +78,14 @@ def make_parser() -> argparse.ArgumentParser:
             group.add_argument(flag, type=kind, metavar=metavar, default=default, help=help)
 
     group = parser.add_argument_group("main flags")
-    add(group, "--STEPS", steps, "N", 2000, "GAN training steps; more of them extend a run, at the rate of the longer run")
+    add(
+        group,
+        "--STEPS",
+        steps,
+        "N",
+        2000,
+        "GAN training steps; more of them extend a run, at the rate of the longer run",
+    )
     add(group, "--PREGENSTEPS", steps, "N", 2000, "generator pre-training steps; 0: none")
     add(group, "--BATCH_SIZE", bounded(int, 1, 10**6), "N", 128, "patches per step, over all devices")
     add(group, "--lr_pre_gen", rate, "RATE", 1e-4, "learning rate of the pre-training")
@@ -105,7 +112,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--ensemble", action="store_true", help="average eight flips and rotations: smoother, slower")
 
     group = parser.add_argument_group("training")
-    add(group, "--recipe", ("paper", "release"), None, "paper", "release: the flags used for the weights in weights/")
+    add(group, "--recipe", ("paper", "release"), None, "paper", "release: flags like those of the weights in weights/")
     add(
         group, "--data_dir", str, "DIR", None, "photos, in train/ and valid/ or all in DIR (default: DIV2K, downloaded)"
     )
@@ -116,7 +123,6 @@ def make_parser() -> argparse.ArgumentParser:
     add(group, "--vgg_weights", str, "FILE", None, "VGG19 weights (default: downloaded once by Keras)")
     add(group, "--adversarial", weight, "W", 1e-3, "weight of the adversarial loss, beside the content loss")
     add(group, "--colour", weight, "W", 0.0, "weight of the colour loss")
-    add(group, "--mesh", weight, "W", 0.0, "weight of the mesh loss")
     add(group, "--penalty", weight, "W", 0.0, "weight of the gradient penalty in the discriminator's loss")
     add(group, "--finish", steps, "N", 0, "last steps, on the content loss alone; 0: none")
     decays = ("paper", "cosine", "none")

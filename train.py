@@ -38,7 +38,7 @@ VALIDATION_SIDE = 96  # LR pixels of each image that are upscaled, in both direc
 PHASES = {"pretrain": ("PREGENSTEPS", "lr_pre_gen"), "gan": ("STEPS", "lr_gen"), "finish": ("finish", "lr_gen")}
 # What can't change when a run is resumed: KEPT; KEPT_BY_GAN, once the GAN has begun; STEPS, once its finish has.
 KEPT = ("BATCH_SIZE", "images", "weights", "precision", "ema", "jpeg", "seed")
-KEPT_BY_GAN = ("PREGENSTEPS", "vgg_layer", "adversarial", "colour", "mesh", "penalty")
+KEPT_BY_GAN = ("PREGENSTEPS", "vgg_layer", "adversarial", "colour", "penalty")
 
 
 # ---- Devices ----
@@ -139,21 +139,6 @@ def srresnet_phase(generator, args) -> Phase:
     return Phase("pretrain", steps, args.seed, step, {"generator": generator, "optimizer": optimizer})
 
 
-def added_losses(hr, sr, args):
-    """What the flags add to the paper's losses of the generator: the weighted sum, and each loss by its name."""
-    added = 0.0
-    scalars = {}
-    if args.colour:
-        colour = losses.colour_loss(hr, sr)
-        added += args.colour * colour
-        scalars["Colour Loss"] = colour
-    if args.mesh:
-        mesh = losses.mesh_loss(sr)
-        added += args.mesh * mesh
-        scalars["Mesh Loss"] = mesh
-    return added, scalars
-
-
 def srgan_phase(name: str, steps: int, seed: int, generator, vgg, args) -> Phase:
     """The generator against a new discriminator, on the perceptual loss (equation 3)."""
     keras.utils.set_random_seed(seed)  # the same whether or not earlier phases ran in this process
@@ -173,8 +158,11 @@ def srgan_phase(name: str, steps: int, seed: int, generator, vgg, args) -> Phase
             content = losses.content_loss(vgg(hr), vgg(sr))
             adversarial = losses.adversarial_loss(logits_sr)
             generator_loss = content + args.adversarial * adversarial  # equation 3
-            added, scalars = added_losses(hr, sr, args)
-            generator_loss += added
+            scalars = {"Content Loss": content, "Adversarial Loss": adversarial}
+            if args.colour:
+                colour = losses.colour_loss(hr, sr)
+                generator_loss += args.colour * colour
+                scalars["Colour Loss"] = colour
 
             # The discriminator should tell the two apart.
             discriminator_loss = losses.discriminator_loss(logits_hr, logits_sr)
@@ -185,8 +173,6 @@ def srgan_phase(name: str, steps: int, seed: int, generator, vgg, args) -> Phase
         update(discriminator, discriminator_optimizer, discriminator_tape, discriminator_loss)
         return scalars | {
             "Perceptual Loss": generator_loss,
-            "Content Loss": content,
-            "Adversarial Loss": adversarial,
             "Discriminator Loss": discriminator_loss,
             "D(HR)": tf.reduce_mean(tf.sigmoid(logits_hr)),
             "D(SR)": tf.reduce_mean(tf.sigmoid(logits_sr)),
@@ -208,11 +194,14 @@ def content_phase(name: str, steps: int, seed: int, generator, vgg, args) -> Pha
     def step(lr, hr):
         with tf.GradientTape() as tape:
             sr = generator(lr, training=True)
-            content = losses.content_loss(vgg(hr), vgg(sr))
-            added, scalars = added_losses(hr, sr, args)
-            loss = content + added
+            loss = losses.content_loss(vgg(hr), vgg(sr))
+            scalars = {"Content Loss": loss}
+            if args.colour:
+                colour = losses.colour_loss(hr, sr)
+                loss += args.colour * colour
+                scalars["Colour Loss"] = colour
         update(generator, optimizer, tape, loss)
-        return scalars | {"Perceptual Loss": loss, "Content Loss": content}
+        return scalars | {"Perceptual Loss": loss}
 
     return Phase(name, steps, seed, step, {"generator": generator, "optimizer": optimizer}, vgg)
 

@@ -135,20 +135,6 @@ def test_colour_loss_sees_chroma_at_each_pixel(shift):
     assert colour_loss(12.75 * checks * shift) == pytest.approx(expected, rel=1e-5)
 
 
-def mesh_loss(images):
-    return float(losses.mesh_loss(tf.constant(images, tf.float32)))
-
-
-def test_mesh_loss_of_even_texture_and_of_a_mesh():
-    texture = np.random.default_rng(0).normal(100, 20, (4, 96, 96, 3))
-    lines = np.zeros((4, 96, 96, 3))
-    lines[:, ::4] = 50  # a step up and a step down in four
-    assert mesh_loss(texture) < 0.01
-    assert mesh_loss(np.full((1, 96, 96, 3), 7)) == 0
-    assert mesh_loss(lines) == pytest.approx(1, rel=1e-3)
-    assert mesh_loss(lines.transpose(0, 2, 1, 3)) == pytest.approx(1, rel=1e-3)
-
-
 def test_gradient_penalty_is_the_squared_norm():
     gradients = np.zeros((2, 4, 4, 3), np.float32)
     gradients[0, 1, 2] = 2 / 127.5  # of three channels

@@ -201,7 +201,7 @@ def test_the_gan_minimises_the_papers_loss_and_what_flags_add(
     args = main.parse(flags.split())
     for i in range(2):
         expected = found["Content Loss"][i][1]
-        for name in ("Adversarial", "Colour", "Mesh"):
+        for name in ("Adversarial", "Colour"):
             tag = f"{name} Loss"
             weight = getattr(args, name.lower())
             assert (tag in found) == (weight > 0)

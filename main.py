@@ -103,7 +103,7 @@ def make_parser() -> argparse.ArgumentParser:
         str,
         "PATH",
         None,
-        "an image, or a folder for the results; of a link, the target is replaced (default: output.jpg)",
+        "an image, or a folder; links are followed, write-protected files refused (default: output.jpg)",
     )
     add(group, "--format", str, "NAME", None, "format of the results in a folder, as png (default: as before)")
     group.add_argument("--skip_existing", action="store_true", help="skip images with whole, newer results in a folder")

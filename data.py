@@ -47,7 +47,7 @@ def is_image(path):
 
 
 def find_folder(folder, names):
-    """The first of some folders inside a folder that there is, or None."""
+    """The first of `names` that is a folder in `folder`, or None."""
     for name in names:
         if (folder / name).is_dir():
             return folder / name
@@ -318,7 +318,7 @@ SRGB_CHROMATICITY = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
 
 
 def is_srgb(content, image):
-    """Whether a file's pixels are to be shown as sRGB, or by a colour profile, which is kept."""
+    """Whether a file's pixels are to be shown as sRGB, or by a colour profile."""
     info = image.info
     if "icc_profile" in info:
         return True
@@ -526,7 +526,7 @@ def write_image(path: str | Path, pixels: np.ndarray, alpha: np.ndarray | None =
 
 
 def degrade(hr: np.ndarray) -> np.ndarray:
-    """The 4x degradation: `(4h, 4w, 3)` to `(h, w, 3)`, MATLAB's `imresize(hr, 1/4)` beyond 4 LR pixels from edges."""
+    """The 4x degradation: `(4h, 4w, 3)` to `(h, w, 3)`, MATLAB's `imresize(hr, 1/4)` but for 4 LR pixels at edges."""
     height = hr.shape[0] // SCALE
     width = hr.shape[1] // SCALE
     image = Image.fromarray(hr).crop((0, 0, SCALE * width, SCALE * height))
@@ -593,6 +593,7 @@ def scoring_pairs(folder: str | Path) -> list[tuple[str, Path, Path | None]]:
     lr_by_name = {path.stem: path for path in lr_paths}
     partners = {path: find_lr(path, lr_by_name) for path in originals}
 
+    # Of images in one folder, an LR is no original; what is neither, and has no LR's name, is another program's result.
     small = set(partners.values())
     pairs = [(path.stem, path, lr_path) for path, lr_path in partners.items() if path not in small]
     alone = [path for _, path, lr_path in pairs if lr_path is None]
@@ -765,7 +766,7 @@ def prepare_image(job):
 
 
 def prepare(folder, cache, *others):
-    """Prepare the images of a folder, except those that are, but not `others` in it. Returns the usable ones' files."""
+    """Prepare a folder's images, except `others`; reuse what is prepared. Returns the files of the usable ones."""
     resolved = folder.resolve()
     store = cache / "prepared" / f"{resolved.name[:40]}-{digest(str(resolved))[:8]}"
     files = {}
@@ -948,7 +949,7 @@ def patches(images: PreparedImages, batch_size: int, first_step: int, last_step:
         return tf.numpy_function(cut, [step], (tf.uint8, tf.uint8, tf.int32, tf.int32), stateful=False)
 
     options = tf.data.Options()
-    options.threading.private_threadpool_size = os.cpu_count()  # training on a CPU has one thread
+    options.threading.private_threadpool_size = os.cpu_count()  # on a CPU, TensorFlow does one operation at a time
     steps = tf.data.Dataset.range(first_step + 1, last_step + 1).with_options(options)
     cuts = steps.map(cut_in_python, num_parallel_calls=1, deterministic=True)
     return cuts.map(crop_and_turn, num_parallel_calls=os.cpu_count(), deterministic=True).prefetch(4)

@@ -1,6 +1,6 @@
 """The losses of Ledig et al. 2017, section 2.2, with two more, and the metrics PSNR and SSIM.
 
-Losses take batches of RGB images, `(batch, height, width, 3)` float32 from 0 to 255, or discriminator logits, and
+Losses take batches of RGB images, `(batch, height, width, 3)` float32 from 0 to 255, or what networks make of them, and
 return a scalar. Metrics take two images, `(height, width, channels)` uint8.
 """
 
@@ -75,8 +75,8 @@ def gradient_penalty(gradients):
     """R1 of Mescheder et al. 2018 (arXiv:1801.04406), for images from -1 to 1. Not in the SRGAN paper.
 
     `gradients`: of the logits of originals, all together, with respect to their pixels, `(batch, height, width, 3)`.
-    R1 is the squared norm for each image. Here, through a discriminator with batch normalisation, an image's gradient
-    also holds what it does to the logits of the others in the batch.
+    R1 is half the squared norm for each image: here, the half is left to the weight. Through a discriminator with
+    batch normalisation, an image's gradient also holds what it does to the logits of the others in the batch.
     """
     squared_norms = tf.reduce_sum(tf.square(gradients * 127.5), (1, 2, 3))
     return tf.reduce_mean(squared_norms)
@@ -99,7 +99,7 @@ def colour_loss(hr, sr):
     brightness = tf.nn.space_to_depth(difference[..., :1], 4)  # (batch, h / 4, w / 4, 16 positions)
     blocks = tf.reduce_mean(brightness, 3)
     positions = tf.nn.avg_pool2d(brightness, 6, 1, "VALID")
-    # 10: with 2, a grey photograph kept a colour noise of 3.8 grey levels.
+    # 10: with 2 for chroma, a grey photograph kept a colour noise of 3.8 grey levels.
     loss = tf.reduce_mean(tf.square(blocks))
     loss += 10 * tf.reduce_mean(tf.square(chroma))
     return loss + 10 * tf.reduce_mean(tf.square(positions))

@@ -124,7 +124,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(group, "--adversarial", weight, "W", 1e-3, "weight of the adversarial loss, beside the content loss")
     add(group, "--colour", weight, "W", 0.0, "weight of the colour loss")
     add(group, "--penalty", weight, "W", 0.0, "weight of the gradient penalty in the discriminator's loss")
-    add(group, "--finish", steps, "N", 0, "last steps, on the content loss alone; 0: none")
+    add(group, "--finish", steps, "N", 0, "more steps after these, without a discriminator; 0: none")
     decays = ("paper", "cosine", "none")
     add(group, "--lr_decay", decays, None, "paper", "paper: a tenth in the GAN's 2nd half; cosine: to 0 in each phase")
     add(group, "--precision", ("float32", "bfloat16"), None, "float32", "number format to train or upscale in")
@@ -345,7 +345,7 @@ def load_generator(args):
 
 
 def find_jobs(source: str, output: str, format: str | None = None) -> list[tuple[Path, Path]]:
-    """The images to read, each with the file to write, whose folder it makes. Raises OSError if that isn't possible."""
+    """The images to read, each with the file to write, whose folder it makes. Raises OSError if it can't be written."""
     import data
 
     source = Path(source)
@@ -592,7 +592,7 @@ def run_export(args):
 
 def run_training(args):
     """Train SRResNet, then SRGAN."""
-    # oneDNN: off by default without AVX-512. There it speeds up training 1.8 times, but slows upscaling a lot.
+    # Without AVX-512, oneDNN is off by default: it speeds up training 1.8 times, but slows upscaling a lot.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     start_tensorflow(args.precision)
     import train

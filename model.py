@@ -31,7 +31,7 @@ class BatchNormalization(layers.BatchNormalization):
     """Keras's, with TensorFlow's fused kernel in training: one pass over the features instead of a dozen.
 
     On two cores, a pre-training step in bfloat16 takes 0.85 of the time it takes with Keras's. The moving variance is
-    that of n - 1 values, not n.
+    unbiased: it divides by n - 1.
     """
 
     def call(self, x, training=False):
@@ -77,7 +77,9 @@ class ShufflePReLUConv(layers.Layer):
         for top, left in itertools.product((0, 1), repeat=2):
             ways.append(tf.pad(self.kernel, [[top, 1 - top], [left, 1 - left], [0, 0], [0, 0]]))
         kernel = tf.concat(ways, axis=3)  # (10, 10, 64, 12)
-        kernel = tf.reshape(kernel, (5, 2, 5, 2, 64, 12))  # tap, its 2x2 block; in, 2x2 block and out
+        kernel = tf.reshape(
+            kernel, (5, 2, 5, 2, 64, 12)
+        )  # row's tap and place in its block, column's; in; out of a block
         return tf.reshape(tf.transpose(kernel, (0, 2, 1, 3, 4, 5)), (5, 5, 256, 12))
 
 
@@ -231,7 +233,7 @@ TRUNK_HALO = 4 + 2 * BLOCKS + 1
 TAIL_HALO = 3
 # The image is mirrored at its border, as MATLAB's imresize does. With zeros there, as inside the network, the outermost
 # pixels of the result get a mesh and a darker rim, 241 on a white page.
-BORDER = 4
+MIRRORED = 4
 
 
 def parts_and_windows(span: slice, side: int, halo: int, bounds: slice):
@@ -347,8 +349,8 @@ class Upscaler:
         """Yields areas of the image, and their pixels upscaled, on the device."""
         maximum = np.iinfo(lr.dtype).max
         is_grey = bool((lr == lr[..., :1]).all())
-        bounds = Area(slice(-BORDER, image.rows.stop + BORDER), slice(-BORDER, image.columns.stop + BORDER))
-        lr = np.pad(lr, ((BORDER, BORDER), (BORDER, BORDER), (0, 0)), "symmetric")
+        bounds = Area(slice(-MIRRORED, image.rows.stop + MIRRORED), slice(-MIRRORED, image.columns.stop + MIRRORED))
+        lr = np.pad(lr, ((MIRRORED, MIRRORED), (MIRRORED, MIRRORED), (0, 0)), "symmetric")
         trunk_tiles = list(image.tiles(self.trunk_side, TRUNK_HALO + TAIL_HALO, bounds))
         for trunk_tile, trunk_window in tqdm(trunk_tiles, unit="tile", leave=False, delay=3, disable=None):
             x = np.float32(lr[trunk_window.within(bounds)]) * np.float32(255 / maximum)

@@ -79,7 +79,7 @@ def wait_for_workers(step: int):
 
 
 def learning_rates(phase: str, steps: int, args):
-    """The learning rate of each step. The paper's: in the GAN, the second half of the steps has a tenth of the rate."""
+    """The learning rate of each step. The paper's: after the pre-training, a tenth in the second half of a phase."""
     _, flag = PHASES[phase]
     rate = getattr(args, flag)
     if args.lr_decay == "cosine":
@@ -88,13 +88,13 @@ def learning_rates(phase: str, steps: int, args):
     if args.lr_decay == "paper" and phase != "pretrain":
         second = rate / 10
     last = max(0, steps // 2 - 1)  # of the first half, counted from 0
-    # A constant rate is a schedule, too: a plain number would be replaced by the one in the checkpoint.
+    # A constant rate is a schedule, too: Keras saves a plain number in the checkpoint, and would restore an old one.
     return keras.optimizers.schedules.PiecewiseConstantDecay([last], [rate, second])
 
 
 def adam(network, phase: str, steps: int, args, ema: float = 0.0):
     """The paper's Adam. With `ema`, it also keeps averages of the weights over the steps, with this decay."""
-    # Over a quarter of the steps at most: before, the learning rate was higher.
+    # An average reaches back over a quarter of the steps at most: earlier weights had a higher learning rate.
     ema_momentum = min(ema, steps / (steps + 4))
     rates = learning_rates(phase, steps, args)
     optimizer = keras.optimizers.Adam(rates, beta_1=0.9, use_ema=ema > 0, ema_momentum=ema_momentum)
@@ -210,7 +210,7 @@ def content_phase(name: str, steps: int, seed: int, generator, vgg, args) -> Pha
 
 
 class Average:
-    """The generator with its weights averaged over the steps of a phase or, if that is off, as they are: `network`."""
+    """`network`: a copy of the generator with averaged weights, or the generator itself if averaging is off."""
 
     PATCHES = 256  # to measure normalisation statistics on
 
@@ -287,7 +287,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def save(checkpoint: tf.train.Checkpoint, folder: Path, step: int):
-    """Write a checkpoint, its index file last, and remove all but the newest."""
+    """Write a checkpoint, its index file last, and keep only the newest two."""
     checkpoint.write(str(folder / f"{step:07d}"))
     for old in checkpoints(folder)[:-KEEP]:
         for file in folder.glob(f"{old.stem}.*"):
@@ -320,10 +320,10 @@ def check_finite(phase: str, step: int, values):
 
 
 def compile_step(step: Callable):
-    """Compile `step(lr, hr)` into `run(lrs, hrs, first, last)`, and say how many steps a call takes.
+    """Compile `step(lr, hr)` into `run(lrs, hrs, begin, end)`, and say how many steps a call takes.
 
     On one GPU, XLA compiles a loop, since Python takes longer to start a step there than the GPU to compute it: `run`
-    takes ten uint8 batches, stacked, does the steps `first` to `last - 1`, and returns the scalars of the last.
+    takes ten uint8 batches, stacked, does the steps `begin` to `end - 1` of these, and returns the scalars of the last.
     Elsewhere it takes one batch: XLA doesn't work with several devices, and oneDNN's kernels for CPUs are faster.
     """
     strategy = tf.distribute.get_strategy()
@@ -333,19 +333,19 @@ def compile_step(step: Callable):
         return step(tf.cast(lr, tf.float32), tf.cast(hr, tf.float32))
 
     @tf.function(autograph=False, jit_compile=True)
-    def loop(lrs, hrs, first, last):
+    def loop(lrs, hrs, begin, end):
         def goes_on(i, scalars):
-            return i < last
+            return i < end
 
         def body(i, scalars):
             return i + 1, once(lrs[i], hrs[i])
 
         names = once.get_concrete_function(lrs[0], hrs[0]).structured_outputs
-        _, scalars = tf.while_loop(goes_on, body, (first, dict.fromkeys(names, tf.constant(0.0))))
+        _, scalars = tf.while_loop(goes_on, body, (begin, dict.fromkeys(names, tf.constant(0.0))))
         return scalars
 
     @tf.function(autograph=False)
-    def on_all_devices(lr, hr, first, last):
+    def on_all_devices(lr, hr, begin, end):
         scalars = strategy.run(once, (lr, hr))
         return {name: strategy.reduce("MEAN", value, axis=None) for name, value in scalars.items()}
 
@@ -367,12 +367,13 @@ def catch_signals():
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):  # SIGUSR1: Slurm's, before the time is up
             number = getattr(signal, name, None)  # Windows has the first two
             if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
-                stack.callback(signal.signal, number, signal.signal(number, note))
+                before = signal.signal(number, note)
+                stack.callback(signal.signal, number, before)
         yield caught
 
 
 def fit(phase: Phase, images, validation_pairs, args):
-    """Train a phase from its newest checkpoint to its last step. Averaged weights, if kept, are the generator's then.
+    """Train a phase from its newest checkpoint to its last step. The generator ends with averaged weights, if kept.
 
     Writes checkpoints into `RUN_DIR/checkpoints/NAME` and TensorBoard's curves and images into `RUN_DIR/logs/NAME`.
     Raises UserError if numbers are not finite, and SystemExit after a signal, when all is saved.
@@ -471,7 +472,7 @@ def count_cores() -> int:
 def check_options(run_dir: Path, options: dict) -> dict:
     """Write the options to `RUN_DIR/options.json`, and return those that the run had before, or these if it is new.
 
-    Raises UserError if the run can't go on with them. Warns if it can, but will end with other weights.
+    Raises UserError if the run can't go on with them. Warns of another number of cores.
     """
     if options["weights"]:  # what counts is what is in it, wherever it lies
         content = Path(options["weights"]).read_bytes()

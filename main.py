@@ -194,6 +194,8 @@ def check_training(parser, args):
         parser.error(f"--PREGENSTEPS 0 needs --weights, or {srresnet}")
     if "[" in args.run_dir or (os.sep != "\\" and "\\" in args.run_dir):
         parser.error(f"--run_dir {args.run_dir}: TensorFlow reads [ and \\ as a pattern, choose another name")
+    if not args.run_dir.isprintable():
+        parser.error(f"--run_dir {args.run_dir!a} has characters that can't be printed: choose another name")
 
 
 def check_export(parser, path):
@@ -210,10 +212,14 @@ def check_export(parser, path):
 
 
 class LastingStream:
-    """A standard stream whose reader may go away, as in `| head`: the rest is dropped, and the work goes on."""
+    """A standard stream whose reader may go away, as in `| head`: the rest is dropped, and the work goes on.
 
-    def __init__(self, stream):
+    `harmless` are the numbers of the errors after which it does so. Others are raised, once.
+    """
+
+    def __init__(self, stream, *harmless):
         self.stream = stream or open(os.devnull, "w")  # None, if it was closed from the start
+        self.harmless = harmless
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -232,11 +238,11 @@ class LastingStream:
         try:
             yield
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):  # a closed pipe, a closed terminal
-                raise
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.stream.fileno())
             os.close(nowhere)
+            if error.errno not in self.harmless:
+                raise
 
 
 class ThreadWarnings(threading.local):
@@ -392,9 +398,10 @@ def check_jobs(jobs):
     for source, target in jobs:
         if os.path.realpath(target) in originals:
             raise data.UserError(f"--output {target} is also an input, and inputs are never overwritten")
-        if target in sources:
-            raise data.UserError(f"{sources[target]} and {source} would both become {target}")
-        sources[target] = source
+        file = os.path.realpath(target)
+        if file in sources:
+            raise data.UserError(f"{sources[file]} and {source} would both become {target}")
+        sources[file] = source
     result = jobs[0][1]
     folder = result.parent  # of all results
     folder.mkdir(parents=True, exist_ok=True)
@@ -406,9 +413,9 @@ def is_done(source: Path, target: Path, weights: Path) -> bool:
     """Whether a result is whole, and newer than its image and the weights."""
     import data
 
-    if not target.exists() or target.stat().st_mtime <= max(source.stat().st_mtime, weights.stat().st_mtime):
-        return False
     try:
+        if target.stat().st_mtime <= max(source.stat().st_mtime, weights.stat().st_mtime):
+            return False
         with data.open_image(source) as (_, image):
             size = sorted(data.SCALE * side for side in image.size)  # perhaps not upright
         with data.open_image(target) as (_, result):
@@ -481,6 +488,8 @@ def upscale_all(jobs: list[Job], upscaler) -> int:
         job = unfinished.popleft()
         error = job.written.exception()  # waits until it is written
         for line in job.warnings:
+            if job.source.name not in line and job.target.name not in line:  # Pillow's
+                line = f"{job.source}: {line}"
             report(line, "Warning")
         if error is None:
             tqdm.write(job.written.result())
@@ -608,6 +617,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the program. Returns the exit code."""
     args = parse(argv)
     warnings.showwarning = show_warning
+    warnings.simplefilter("always", UserWarning)  # each image's, even if equal
     for name in STOPPING_SIGNALS:
         number = getattr(signal, name, None)  # not all are on Windows
         if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
@@ -641,11 +651,17 @@ if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not in a notebook
             stream.reconfigure(errors="replace")
-    with (
-        contextlib.redirect_stdout(LastingStream(sys.stdout)),
-        contextlib.redirect_stderr(LastingStream(sys.stderr)),
-    ):
+    closed = (errno.EPIPE, errno.EIO)  # a pipe, a terminal
+    stdout = LastingStream(sys.stdout, *closed)
+    stderr = LastingStream(sys.stderr, *closed, errno.ENOSPC)  # work matters more than messages
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         try:
-            sys.exit(main())
-        finally:
-            sys.stdout.flush()
+            exit_code = main()
+        except SystemExit as stop:
+            exit_code = stop.code
+        try:
+            stdout.flush()
+        except OSError as error:
+            report(error)
+            exit_code = 1
+    sys.exit(exit_code)

@@ -91,6 +91,7 @@ def test_what_a_user_can_mend_is_one_line_and_a_bug_is_a_traceback(monkeypatch, 
         ("--seed -1", "argument --seed: must be a whole number"),
         ("--blend 1.5", "argument --blend: must be a number from 0 to 1, not 1.5"),
         ("--run_dir runs[1]", "--run_dir runs[1]: TensorFlow reads [ and \\ as a pattern"),
+        ("--run_dir r\udcff", "--run_dir 'r\\udcff' has characters that can't be printed"),
         ("--nonsense", "unrecognized arguments: --nonsense"),
         ("--pretrain", "unrecognized arguments: --pretrain"),
         ("--input=", "--input is empty"),
@@ -213,4 +214,14 @@ def test_a_full_disk_behind_stdout_is_a_failure(folder):
     with open("/dev/full", "w") as full:
         argv = [sys.executable, PROGRAM, "--pretrained", "--input", "in/a.png", "--output", "a.png"]
         done = subprocess.run(argv, cwd=folder, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert done.returncode != 0
+    assert done.returncode == 1
+    assert done.stderr == "main.py: [Errno 28] No space left on device\n"
+
+
+def test_a_full_disk_behind_stderr_stops_no_work(folder):
+    (folder / "in" / "a.png").write_text("bad")
+    with open("/dev/full", "w") as full:
+        argv = [sys.executable, PROGRAM, "--pretrained", "--input", "in", "--output", "out"]
+        done = subprocess.run(argv, cwd=folder, stdout=subprocess.PIPE, stderr=full, text=True)
+    assert done.returncode == 1
+    assert sorted(os.listdir(folder / "out")) == ["b.png", "c.png"]

@@ -113,6 +113,13 @@ def test_two_images_that_would_become_one_are_refused(places, capsys):
     assert line == "main.py: folder/a.jpg and folder/a.png would both become new/a.png\n"
 
 
+def test_two_results_that_are_one_file_by_a_link_are_refused(places, capsys):
+    Image.new("RGB", (9, 9)).save("folder/b.png")
+    os.symlink("b.png", "out/a.png")
+    line = refusal(capsys, "--pretrained", "--input", "folder", "--output", "out")
+    assert line == "main.py: folder/a.png and folder/b.png would both become out/b.png\n"
+
+
 def test_weights_that_dont_do(places, weights, capsys):  # noqa: F811
     argv = ["--pretrained", "--input", "a.png", "--output", "b.png", "--weights"]
     line = refusal(capsys, *argv, "text.txt", started=True)

@@ -91,6 +91,7 @@ def generator(blocks: int = BLOCKS) -> keras.Model:
 
     `(batch, height, width, 3)` in, `(batch, 4 * height, 4 * width, 3)` out, float32, of any size. Values may leave 0 to
     255 a little: clip when the image is made. A fresh one upscales like an interpolation (`start_as_interpolation`).
+    `blocks` may be fewer, for tests, but not more: the halos of tiles are reckoned for 16.
     """
     conv = partial(layers.Conv2D, padding="same")
     prelu = partial(layers.PReLU, shared_axes=[1, 2], alpha_initializer=keras.initializers.Constant(0.25))

@@ -43,7 +43,7 @@ class UserError(OSError):
 
 def is_image(path):
     """Whether a path is a file with the suffix of an image."""
-    return path.suffix.lower() in SUFFIXES and path.is_file()
+    return path.suffix.lower() in SUFFIXES and os.path.isfile(path)  # False, too, for a link to where nobody may look
 
 
 def find_folder(folder, names):

@@ -199,8 +199,9 @@ def check_training(parser, args):
 
 
 def check_export(parser, path):
+    name = Path(path).name
     suffix = Path(path).suffix.lower()
-    if suffix not in (".tflite", ".onnx", ""):
+    if "." in name and suffix not in (".tflite", ".onnx"):
         parser.error(f"--export {path} must end in .tflite or .onnx, or be a folder's name without a dot")
     if os.path.isdir(path) or (suffix == "" and os.path.exists(path)):
         parser.error(f"--export {path} exists: give another name")

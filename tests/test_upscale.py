@@ -262,7 +262,7 @@ def test_exports_that_are_refused(tmp_path, capsys, monkeypatch):
     for name in ("folder.tflite", "file"):
         path = tmp_path / name
         assert refusal(capsys, "--export", path) == f"main.py: --export {path} exists: give another name\n"
-    for name in ("a.keras", "a.h5", "a.pb"):
+    for name in ("a.keras", "a.h5", "a.pb", ".tflite", "a.onnx."):
         line = refusal(capsys, "--export", tmp_path / name)
         assert line.startswith(f"main.py: --export {tmp_path / name} must end in .tflite or .onnx")
     monkeypatch.setattr(main.importlib.util, "find_spec", lambda name: None)

@@ -78,14 +78,7 @@ def make_parser() -> argparse.ArgumentParser:
             group.add_argument(flag, type=kind, metavar=metavar, default=default, help=help)
 
     group = parser.add_argument_group("main flags")
-    add(
-        group,
-        "--STEPS",
-        steps,
-        "N",
-        2000,
-        "GAN training steps; more of them extend a run, at the rate of the longer run",
-    )
+    add(group, "--STEPS", steps, "N", 2000, "GAN training steps; more extend a run, at the longer run's learning rate")
     add(group, "--PREGENSTEPS", steps, "N", 2000, "generator pre-training steps; 0: none")
     add(group, "--BATCH_SIZE", bounded(int, 1, 10**6), "N", 128, "patches per step, over all devices")
     add(group, "--lr_pre_gen", rate, "RATE", 1e-4, "learning rate of the pre-training")
@@ -105,9 +98,9 @@ def make_parser() -> argparse.ArgumentParser:
         None,
         "an image, or a folder; links are followed, write-protected files refused (default: output.jpg)",
     )
-    add(group, "--format", str, "NAME", None, "format of the results in a folder, as png (default: as before)")
-    group.add_argument("--skip_existing", action="store_true", help="skip images with whole, newer results in a folder")
-    add(group, "--weights", str, "FILE", None, f"weights to use (default: weights/{WEIGHTS.name}), or to start from")
+    add(group, "--format", str, "NAME", None, "format of the results in a folder, as png (default: each image's own)")
+    group.add_argument("--skip_existing", action="store_true", help="skip images whose results are whole and newer")
+    add(group, "--weights", str, "FILE", None, f"weights to use (default: weights/{WEIGHTS.name}), or to train from")
     add(group, "--blend", bounded(float, 0, 1), "A", None, "mix SRResNet (0) and SRGAN (1): low values invent less")
     group.add_argument("--ensemble", action="store_true", help="average eight flips and rotations: smoother, slower")
 
@@ -119,14 +112,14 @@ def make_parser() -> argparse.ArgumentParser:
     add(group, "--run_dir", str, "DIR", "runs/srgan", "checkpoints, logs and results; the same command resumes a run")
     add(group, "--cache_dir", str, "DIR", None, "for DIV2K and decoded photos (default: data/, or else ~/.cache/srgan)")
     vgg_layers = ("block2_conv2", "block3_conv4", "block5_conv4")
-    add(group, "--vgg_layer", vgg_layers, None, "block5_conv4", "for the content loss")
+    add(group, "--vgg_layer", vgg_layers, None, "block5_conv4", "VGG19's layer for the content loss")
     add(group, "--vgg_weights", str, "FILE", None, "VGG19 weights (default: downloaded once by Keras)")
     add(group, "--adversarial", weight, "W", 1e-3, "weight of the adversarial loss, beside the content loss")
     add(group, "--colour", weight, "W", 0.0, "weight of the colour loss")
     add(group, "--penalty", weight, "W", 0.0, "weight of the gradient penalty in the discriminator's loss")
-    add(group, "--finish", steps, "N", 0, "more steps after these, without a discriminator; 0: none")
+    add(group, "--finish", steps, "N", 0, "steps after the GAN's, without a discriminator; 0: none")
     decays = ("paper", "cosine", "none")
-    add(group, "--lr_decay", decays, None, "paper", "paper: a tenth in the GAN's 2nd half; cosine: to 0 in each phase")
+    add(group, "--lr_decay", decays, None, "paper", "paper: a tenth in the 2nd half of GAN and finish; cosine: to 0")
     add(group, "--precision", ("float32", "bfloat16"), None, "float32", "number format to train or upscale in")
     add(group, "--ema", bounded(float, 0, 0.99999), "DECAY", 0.0, "average the generator's weights over steps; 0: off")
     add(

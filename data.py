@@ -21,11 +21,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin, features
+from PIL.ExifTags import IFD, Base
 from tqdm import tqdm
 
 SCALE = 4
 LR_PATCH = 24
-HR_PATCH = 96
+HR_PATCH = SCALE * LR_PATCH
 
 
 # ---- Files and folders ----
@@ -78,7 +79,7 @@ def warn_of_unused_images(folder, used):
     warn_of_unused(folder, [path for path in list_folder(folder, used) if is_image(path) or first_image(path)])
 
 
-def list_images(folder: str | Path, *others: Path) -> list[Path]:
+def list_images(folder: str | Path, *others: Path | None) -> list[Path]:
     """The images in `folder`, by name. Warns of what else is there, except `others`. Raises UserError if none are."""
     folder = Path(folder)
     paths = list_folder(folder, others)
@@ -88,7 +89,7 @@ def list_images(folder: str | Path, *others: Path) -> list[Path]:
         if deeper:
             raise UserError(f"no images in {folder}: there are some in {deeper.parent}")
         raise UserError(f"no images in {folder}: supported are {' '.join(sorted(SUFFIXES))}")
-    warn_of_unused(folder, [path for path in paths if path not in images])
+    warn_of_unused(folder, sorted({*paths} - {*images}))
     return images
 
 
@@ -166,12 +167,10 @@ FORMATS = sorted(set(SUFFIXES.values()))  # no others: Pillow would start Ghosts
 
 RARE = "its pixels are of a rare kind, such as 12 bits or float: save it as a PNG of 8 or 16 bits"
 
-ORIENTATION = 0x0112  # EXIF's and TIFF's tags
-EXIF_DETAILS = 0x8769
-NO_LONGER_HOLD = (0xA002, 0xA003, 0xA005)  # of the details: width, height, interoperability
-# What still holds when upscaled: description, camera, resolution, software, date, artist, copyright, exposure, GPS.
-EXIF_TAGS = {270, 271, 272, 282, 283, 296, 305, 306, 315, 33432, EXIF_DETAILS, 0x8825}
-XMP = 700
+# The EXIF tags that still hold when an image is upscaled, and those in IFD.Exif that don't.
+EXIF_TAGS = {Base.ImageDescription, Base.Make, Base.Model, Base.XResolution, Base.YResolution, Base.ResolutionUnit}
+EXIF_TAGS |= {Base.Software, Base.DateTime, Base.Artist, Base.Copyright, IFD.Exif, IFD.GPSInfo}
+NO_LONGER_HOLD = (Base.ExifImageWidth, Base.ExifImageHeight, IFD.Interop)
 # How often to turn an image left (`np.rot90`), and the step along its columns, which mirrors it if negative.
 TURNS = {2: (0, -1), 3: (2, 1), 4: (2, -1), 5: (3, -1), 6: (3, 1), 7: (1, -1), 8: (1, 1)}
 
@@ -196,7 +195,7 @@ def hide_tags(content):
     (count,) = struct.unpack_from(order + "H", content, directory)
     for place in range(directory + 2, directory + 2 + 12 * count, 12):
         (tag,) = struct.unpack_from(order + "H", content, place)
-        if tag in EXIF_TAGS or tag == XMP:
+        if tag in EXIF_TAGS or tag == TiffImagePlugin.XMP:
             struct.pack_into(order + "H", hidden, place, 65_000)
     return bytes(hidden)
 
@@ -276,7 +275,8 @@ def decode_png_16(content, image):
     if "transparency" not in image.info:  # of one colour
         return tf.io.decode_png(content, dtype=tf.uint16).numpy()
     rgba = tf.io.decode_png(content, 4, tf.uint16).numpy()
-    return rgba[..., 2:] if content[25] == 0 else rgba
+    colour_type = content[25]
+    return rgba[..., 2:] if colour_type == 0 else rgba  # grey and alpha, or RGBA
 
 
 def decode(path, content, image):
@@ -290,8 +290,8 @@ def decode(path, content, image):
             image.info["transparency"] = grey * 255 // (2**depth - 1)  # as Pillow does with the pixels only
     deep = image.mode.startswith("I;16")
     if image.format == "TIFF":
-        depth = max(image.tag_v2.get(258, (8,)))
-        black_is_zero = image.tag_v2.get(262) == 1
+        depth = max(image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (8,)))
+        black_is_zero = image.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 1
         if deep and not (depth == 16 and black_is_zero):
             raise OSError(RARE)
         if depth > 8 and not deep:
@@ -355,9 +355,9 @@ def warn_of_losses(path, content, image):
 
 
 def read_orientation(exif):
-    """How to turn an image upright: quarter turns to the left, and then the step along its columns, -1 to mirror."""
+    """How to turn an image upright: quarter turns to the left, and then the step along its columns, -1 to mirror it."""
     with contextlib.suppress(Exception):  # damaged
-        return TURNS.get(exif.get(ORIENTATION), (0, 1))
+        return TURNS.get(exif.get(Base.Orientation), (0, 1))
     return (0, 1)
 
 
@@ -376,7 +376,7 @@ def read_metadata(image, exif, channels):
             metadata["dpi"] = (horizontal, vertical)
     with contextlib.suppress(Exception):
         exif.bigtiff = False  # whose form is for its own files only
-        details = exif.get_ifd(EXIF_DETAILS)
+        details = exif.get_ifd(IFD.Exif)
         for tag in NO_LONGER_HOLD:
             details.pop(tag, None)
         for tag in exif.keys() - EXIF_TAGS:
@@ -398,8 +398,8 @@ def read_image(path: str | Path) -> tuple[np.ndarray, np.ndarray | None, dict]:
         with contextlib.suppress(Exception):  # damaged
             exif = image.getexif()  # Pillow turns a TIFF upright by itself, and removes the orientation here
         pixels = decode(path, content, image)
-        turns, step = read_orientation(exif)
-        pixels = np.atleast_3d(np.rot90(pixels, turns)[:, ::step])
+        turns, mirror = read_orientation(exif)
+        pixels = np.atleast_3d(np.rot90(pixels, turns)[:, ::mirror])
         channels = 1 if pixels.shape[2] < 3 else 3
         metadata = read_metadata(image, exif, channels)
         metadata["lossless"] = image.format == "WEBP" and b"VP8L" in content
@@ -500,10 +500,10 @@ def encode(path, kind, pixels, alpha, metadata):
 
 
 def write_image(path: str | Path, pixels: np.ndarray, alpha: np.ndarray | None = None, metadata: dict = {}):
-    """Write `read_image`'s pixels, alpha and metadata in the format of the path's suffix. Raises OSError, in one line.
+    """Write `read_image`'s pixels, alpha and metadata in the format of the path's suffix, one of SUFFIXES.
 
-    Warns if the format has no alpha, so white is put behind the image, or no 16 bits. Several threads may write and
-    read at once.
+    Raises OSError, in one line. Warns if the format has no alpha, so white is put behind the image, or no 16 bits.
+    Several threads may write and read at once.
     """
     kind = SUFFIXES[Path(path).suffix.lower()]
     if pixels.dtype == np.uint16 and not keeps_16_bits(kind, pixels, alpha):
@@ -526,11 +526,12 @@ def write_image(path: str | Path, pixels: np.ndarray, alpha: np.ndarray | None =
 
 
 def degrade(hr: np.ndarray) -> np.ndarray:
-    """The 4x degradation: `(4h, 4w, 3)` to `(h, w, 3)`, MATLAB's `imresize(hr, 1/4)` but for 4 LR pixels at edges."""
+    """The 4x degradation: `(H, W, 3)` to `(H // 4, W // 4, 3)`, as MATLAB's `imresize` but for 4 LR pixels at edges."""
     height = hr.shape[0] // SCALE
     width = hr.shape[1] // SCALE
     image = Image.fromarray(hr).crop((0, 0, SCALE * width, SCALE * height))
-    image = image.resize((SCALE * width, height), Image.Resampling.BICUBIC)  # MATLAB, too, rounds between the passes
+    # As MATLAB: first the height, rounded, then the width. Pillow would begin with the width.
+    image = image.resize((SCALE * width, height), Image.Resampling.BICUBIC)
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
 
 
@@ -708,14 +709,15 @@ def digest(value):
 class PreparedImages:
     """Images mapped into memory: `images[i]` is LR `(h, w, 3)` and HR `(4h, 4w, 3)`, `sizes[i]` LR's h and w.
 
-    `files` are their prepared files, by the original.
+    `files` are their prepared files, by the original; `names`, those of the originals. `fingerprint` is the same for
+    the same images, wherever they lie.
     """
 
     def __init__(self, files: dict[Path, Path]):
         self.names = [path.name for path in files]
         self.paths = [str(path) for path in files.values()]
         self.sizes = np.array([lr.shape[:2] for lr, _ in self])
-        self.fingerprint = digest([lr[len(lr) // 2].tobytes() for lr, _ in self])  # the same when moved
+        self.fingerprint = digest([lr[len(lr) // 2].tobytes() for lr, _ in self])
 
     def __len__(self):
         return len(self.paths)
@@ -727,8 +729,8 @@ class PreparedImages:
 def clean_store(store, needed):
     """Remove what nobody needs, unless a process uses the store: images not `needed`, and what killed processes left.
 
-    Call it with the store locked, so that nobody begins to use it, or prepares images, meanwhile. Returns the open file
-    whose shared lock tells others that a process uses the store.
+    Call it with the store locked, so that nobody begins to use it, or prepares images, meanwhile. Returns an open file:
+    lock it, shared, for as long as the store is used.
     """
     in_use = open(store / ".in_use", "a+")
     with contextlib.suppress(BlockingIOError):
@@ -937,7 +939,7 @@ def patches(images: PreparedImages, batch_size: int, first_step: int, last_step:
         return tf.tensor_scatter_nd_update(windows, chosen[:, None], compressed)
 
     def crop_and_turn(windows, hrs, qualities, places):
-        """Compress, crop and turn LR; give both shapes."""
+        """Compress, crop and turn LR; set both shapes, which `numpy_function` loses."""
         windows = tf.reshape(windows, (batch_size, side, side, 3))
         if jpeg:
             windows = compress(windows, qualities)

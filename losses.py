@@ -37,7 +37,7 @@ def vgg_features(layer: str, weights=None) -> keras.Model:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Keras warns of a file that doesn't fit, before it raises
             path = weights
-            if path is None:  # from where Keras, too, keeps it
+            if path is None:  # where Keras keeps it: KERAS_HOME, which main.py sets, would hide it
                 home = os.path.expanduser("~/.keras")
                 path = keras.utils.get_file(VGG_FILE, VGG_URL, file_hash=VGG_MD5, cache_dir=home, cache_subdir="models")
             vgg = keras.applications.VGG19(include_top=False, weights=str(path))
@@ -48,8 +48,8 @@ def vgg_features(layer: str, weights=None) -> keras.Model:
         raise OSError(f"{what}: give --vgg_weights the file {VGG_URL}") from error
     vgg = keras.Model(vgg.input, vgg.get_layer(layer).output)
     rgb = keras.Input((None, None, 3))
-    bgr = keras.ops.flip(rgb, axis=-1) - np.float32([103.939, 116.779, 123.68])  # as Keras's preprocess_input
-    features = keras.layers.Rescaling(FEATURE_SCALES[layer], dtype="float32")(vgg(bgr))
+    features = vgg(keras.applications.vgg19.preprocess_input(rgb))
+    features = keras.layers.Rescaling(FEATURE_SCALES[layer], dtype="float32")(features)
     return keras.Model(rgb, features, name="vgg_features", trainable=False)
 
 
@@ -89,19 +89,14 @@ def colour_loss(hr, sr):
     brightness of each 4x4 block, one pixel of LR, keeps images from turning darker; its mean over any 6x6 blocks at
     each of the 16 positions in a block keeps out a grid of 2 or 4 pixels.
     """
-    # From RGB to brightness, their mean, and two chroma axes orthogonal to it, 0 for grey.
-    brightness_axis = [2, 2, 2]
-    red_green_axis = [6**0.5, -(6**0.5), 0]
-    yellow_blue_axis = [2**0.5, 2**0.5, -2 * 2**0.5]
-    axes = np.float32([brightness_axis, red_green_axis, yellow_blue_axis]) / 6
-    difference = tf.tensordot((hr - sr) / 127.5, axes.T, 1)
-    chroma = difference[..., 1:]
-    brightness = tf.nn.space_to_depth(difference[..., :1], 4)  # (batch, h / 4, w / 4, 16 positions)
+    difference = (hr - sr) / 127.5
+    brightness = tf.reduce_mean(difference, 3, keepdims=True)
+    chroma = difference - brightness  # (batch, h, w, 3), 0 for grey
+    brightness = tf.nn.space_to_depth(brightness, 4)  # (batch, h / 4, w / 4, 16 positions)
     blocks = tf.reduce_mean(brightness, 3)
     positions = tf.nn.avg_pool2d(brightness, 6, 1, "VALID")
-    # 10: with 2 for chroma, a grey photograph kept a colour noise of 3.8 grey levels.
     loss = tf.reduce_mean(tf.square(blocks))
-    loss += 10 * tf.reduce_mean(tf.square(chroma))
+    loss += 5 * tf.reduce_mean(tf.square(chroma))  # with 1, a grey photograph kept a colour noise of 3.8 grey levels
     return loss + 10 * tf.reduce_mean(tf.square(positions))
 
 
@@ -130,6 +125,4 @@ def psnr(sr, hr):
 
 def ssim(sr, hr):
     """Structural similarity of Y (Wang et al. 2004: 11x11 Gaussian window, sigma 1.5), without the same border."""
-    sr = tf.constant(scored(sr)[None, ..., None], tf.float64)
-    hr = tf.constant(scored(hr)[None, ..., None], tf.float64)
-    return float(tf.image.ssim(sr, hr, max_val=255.0)[0])
+    return float(tf.image.ssim(scored(sr)[..., None], scored(hr)[..., None], max_val=255.0))

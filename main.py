@@ -89,14 +89,14 @@ def make_parser() -> argparse.ArgumentParser:
     add(modes, "--export", str, "PATH", None, "write the generator as .tflite, .onnx, or else a SavedModel folder")
 
     group = parser.add_argument_group("upscaling, evaluation and export")
-    add(group, "--input", str, "PATH", None, "an image, or a folder of images (default: input.jpg)")
+    add(group, "--input", str, "PATH", None, "image, or folder of images (default: input.jpg)")
     add(
         group,
         "--output",
         str,
         "PATH",
         None,
-        "an image, or a folder; links are followed, write-protected files refused (default: output.jpg)",
+        "image or folder; follows links, refuses write-protected files (default: output.jpg)",
     )
     add(group, "--format", str, "NAME", None, "format of the results in a folder, as png (default: each image's own)")
     group.add_argument("--skip_existing", action="store_true", help="skip images whose results are whole and newer")
@@ -106,9 +106,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("training")
     add(group, "--recipe", ("paper", "release"), None, "paper", "release: flags like those of the weights in weights/")
-    add(
-        group, "--data_dir", str, "DIR", None, "photos, in train/ and valid/ or all in DIR (default: DIV2K, downloaded)"
-    )
+    add(group, "--data_dir", str, "DIR", None, "photos, in train/ and valid/ or in DIR (default: DIV2K, downloaded)")
     add(group, "--run_dir", str, "DIR", "runs/srgan", "checkpoints, logs and results; the same command resumes a run")
     add(group, "--cache_dir", str, "DIR", None, "for DIV2K and decoded photos (default: data/, or else ~/.cache/srgan)")
     vgg_layers = ("block2_conv2", "block3_conv4", "block5_conv4")
@@ -122,14 +120,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(group, "--lr_decay", decays, None, "paper", "paper: a tenth in the 2nd half of GAN and finish; cosine: to 0")
     add(group, "--precision", ("float32", "bfloat16"), None, "float32", "number format to train or upscale in")
     add(group, "--ema", bounded(float, 0, 0.99999), "DECAY", 0.0, "average the generator's weights over steps; 0: off")
-    add(
-        group,
-        "--jpeg",
-        jpeg_qualities,
-        "LOW-HIGH",
-        None,
-        "compress half of the LR patches as JPEG, with these qualities",
-    )
+    add(group, "--jpeg", jpeg_qualities, "LOW-HIGH", None, "save half of the LR patches as JPEG, with these qualities")
     add(group, "--save_every", interval, "N", 1000, "steps between checkpoints, which are at most five minutes apart")
     add(group, "--eval_every", interval, "N", 500, "steps between validations")
     add(group, "--seed", bounded(int, 0, 2**31 - 1), "N", 0, "seed of the initial weights and the order of the data")
@@ -239,30 +230,25 @@ class LastingStream:
                 raise
 
 
-class ThreadWarnings(threading.local):
-    """Where the warnings of a thread go: to a list, if there is one, or else to the terminal."""
-
-    collected = None
-
-
-thread_warnings = ThreadWarnings()
+thread_warnings = threading.local()  # `collected`: the list that gets this thread's warnings, if there is one
 
 
 @contextlib.contextmanager
 def collect_warnings(collected: list):
+    """Let the warnings of this thread go to a list instead of the terminal."""
     thread_warnings.collected = collected
     try:
         yield
     finally:
-        thread_warnings.collected = None
+        del thread_warnings.collected
 
 
 def show_warning(message, *details):
     """Takes the place of `warnings.showwarning`."""
-    if thread_warnings.collected is None:
-        report(str(message), "Warning")
-    else:
+    if hasattr(thread_warnings, "collected"):
         thread_warnings.collected.append(str(message))
+    else:
+        report(str(message), "Warning")
 
 
 def report(message, label="main.py"):
@@ -390,9 +376,9 @@ def check_jobs(jobs):
     originals = {os.path.realpath(source) for source, _ in jobs}
     sources = {}
     for source, target in jobs:
-        if os.path.realpath(target) in originals:
-            raise data.UserError(f"--output {target} is also an input, and inputs are never overwritten")
         file = os.path.realpath(target)
+        if file in originals:
+            raise data.UserError(f"--output {target} is also an input, and inputs are never overwritten")
         if file in sources:
             raise data.UserError(f"{sources[file]} and {source} would both become {target}")
         sources[file] = source

@@ -44,7 +44,8 @@ class BatchNormalization(layers.BatchNormalization):
 
 
 def normalization(**kwargs):
-    several_devices = tf.distribute.get_strategy().num_replicas_in_sync > 1  # their statistics are those of all
+    """Batch normalisation by the statistics of the whole batch, also if several devices share it."""
+    several_devices = tf.distribute.get_strategy().num_replicas_in_sync > 1
     return BatchNormalization(momentum=0.99, epsilon=1e-5, synchronized=several_devices, **kwargs)
 
 
@@ -79,7 +80,7 @@ class ShufflePReLUConv(layers.Layer):
         kernel = tf.concat(ways, axis=3)  # (10, 10, 64, 12)
         kernel = tf.reshape(
             kernel, (5, 2, 5, 2, 64, 12)
-        )  # row's tap and place in its block, column's; in; out of a block
+        )  # rows: the tap, the place in the 2x2 block; columns: the same
         return tf.reshape(tf.transpose(kernel, (0, 2, 1, 3, 4, 5)), (5, 5, 256, 12))
 
 
@@ -132,7 +133,7 @@ def start_as_interpolation(model: keras.Model) -> None:
     # The residual branches end in a gamma of 0. The up-convolutions get the taps of a quadratic interpolation at -1/4
     # and, mirrored, +1/4 of a pixel, one phase for each output of the pixel shuffle.
     rgb = np.arange(3)
-    taps = np.array([0.15625, 0.9375, -0.09375])
+    taps = np.array([5, 30, -3]) / 32
     weights = {weight.path: weight.numpy() for weight in model.weights}
     weights["head_conv/kernel"][..., rgb] = 0
     weights["head_conv/kernel"][4, 4, rgb, rgb] = 1
@@ -172,14 +173,14 @@ def load_weights(network: keras.Model, path: str | Path) -> None:
 
     Raises OSError if it holds no weights, or weights that don't fit `network`, or NaN or infinity.
     """
-    try:
-        with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
-            warnings.simplefilter("ignore")  # Keras warns of a file that doesn't fit, before it raises
-            copy = Path(folder) / "copy.weights.h5"  # Keras refuses other endings, such as "weights (1).h5"
-            shutil.copyfile(path, copy)
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+        warnings.simplefilter("ignore")  # Keras warns of a file that doesn't fit, before it raises
+        copy = Path(folder) / "copy.weights.h5"  # Keras refuses other endings, such as "weights (1).h5"
+        shutil.copyfile(path, copy)
+        try:
             network.load_weights(copy)
-    except Exception as error:  # Keras and h5py raise a dozen kinds on damaged files
-        raise OSError(f"{path} doesn't hold weights of the {network.name}") from error
+        except Exception as error:  # Keras and h5py raise a dozen kinds on damaged files
+            raise OSError(f"{path} doesn't hold weights of the {network.name}") from error
     for weight in network.get_weights():
         if not np.isfinite(weight).all():
             raise OSError(f"{path} holds weights that are not finite: the training that made it had failed")
@@ -214,7 +215,7 @@ def fold_normalizations(network: keras.Model) -> keras.Model:
 
 
 def set_folded_weights(folded: keras.Model, network: keras.Model) -> None:
-    """Give a network made by `fold_normalizations` the weights of another one of the same kind as its original."""
+    """Fold the weights of `network` into `folded`, made by `fold_normalizations` of a network of the same layers."""
     previous = None
     for layer in network.layers:
         if isinstance(layer, layers.BatchNormalization):
@@ -249,7 +250,7 @@ def parts_and_windows(span: slice, side: int, halo: int, bounds: slice):
     windows = [slice(max(part.start - halo, bounds.start), min(part.stop + halo, bounds.stop)) for part in parts]
     size = max(window.stop - window.start for window in windows)
     for part, window in zip(parts, windows):
-        start = min(window.start, windows[-1].stop - size)
+        start = min(window.start, windows[-1].stop - size)  # what the bounds cut off is added on the other side
         yield part, slice(start, start + size)
 
 
@@ -286,8 +287,7 @@ class Upscaler:
 
     def __init__(self, network: keras.Model, ensemble: bool = False, tiles: tuple[int, int] | None = None):
         if tiles is None:
-            on_gpu = bool(tf.config.list_physical_devices("GPU"))
-            tiles = (1024, 384) if on_gpu else (768, 128)
+            tiles = (1024, 384) if tf.config.list_physical_devices("GPU") else (768, 128)
         self.trunk_side, self.tail_side = tiles
         self.ensemble = ensemble
         self.network = fold_normalizations(network)
@@ -349,7 +349,7 @@ class Upscaler:
     def upscaled_tiles(self, lr, image):
         """Yields areas of the image, and their pixels upscaled, on the device."""
         maximum = np.iinfo(lr.dtype).max
-        is_grey = bool((lr == lr[..., :1]).all())
+        is_grey = (lr == lr[..., :1]).all()
         bounds = Area(slice(-MIRRORED, image.rows.stop + MIRRORED), slice(-MIRRORED, image.columns.stop + MIRRORED))
         lr = np.pad(lr, ((MIRRORED, MIRRORED), (MIRRORED, MIRRORED), (0, 0)), "symmetric")
         trunk_tiles = list(image.tiles(self.trunk_side, TRUNK_HALO + TAIL_HALO, bounds))

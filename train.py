@@ -7,6 +7,7 @@ machine, with the same number of cores and the same versions of the packages. On
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shlex
 import signal
@@ -242,7 +243,7 @@ class Average:
 
 
 def middle(lr: np.ndarray, hr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cut the middle of an image, of both sizes."""
+    """The middle of LR `(h, w, 3)` and HR `(4h, 4w, 3)`, at most 96x96 and 384x384 pixels, copied into memory."""
     side = VALIDATION_SIDE
     top = max(lr.shape[0] - side, 0) // 2
     left = max(lr.shape[1] - side, 0) // 2
@@ -252,7 +253,10 @@ def middle(lr: np.ndarray, hr: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def validate(upscaler, pairs, vgg):
-    """Score on pairs of LR and HR images. Returns mean PSNR and, with `vgg`, content loss, and images to look at."""
+    """Score on pairs of LR and HR images.
+
+    Returns the means of PSNR in dB and, with `vgg`, of the content loss, by name, and images of the first pair.
+    """
     psnrs = []
     content_losses = []
     images = {}
@@ -287,7 +291,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def save(checkpoint: tf.train.Checkpoint, folder: Path, step: int):
-    """Write a checkpoint, its index file last, and keep only the newest two."""
+    """Write a checkpoint, its index file last, and keep only the newest `KEEP`."""
     checkpoint.write(str(folder / f"{step:07d}"))
     for old in checkpoints(folder)[:-KEEP]:
         for file in folder.glob(f"{old.stem}.*"):
@@ -386,8 +390,8 @@ def fit(phase: Phase, images, validation_pairs, args):
     wait_for_workers(start)
 
     run, count = compile_step(phase.step)
-    first = start // count * count  # calls begin at multiples of `count`
-    last = -(-phase.steps // count) * count
+    first = start - start % count  # calls take `count` batches each, also if a run continues or ends within them
+    last = math.ceil(phase.steps / count) * count
     batches = data.patches(images, args.BATCH_SIZE, first, last, phase.seed, args.jpeg)
     if count > 1:
         batches = batches.batch(count).prefetch(1)
@@ -399,7 +403,7 @@ def fit(phase: Phase, images, validation_pairs, args):
     writer = tf.summary.create_noop_writer()
     if chief:
         writer = tf.summary.create_file_writer(f"{args.run_dir}/logs/{phase.name}")
-    step = start
+    before = step = start  # where the last call began and ended
     status = {}
 
     def log(scalars, crops={}):  # to the progress bar and TensorBoard
@@ -429,9 +433,10 @@ def fit(phase: Phase, images, validation_pairs, args):
     with bar, catch_signals() as signals:
         while step < phase.steps:
             before = step
-            step = min(before // count * count + count, phase.steps)
+            begin = before % count
+            step = min(before - begin + count, phase.steps)
             lrs, hrs = next(batches)
-            scalars = run(lrs, hrs, tf.constant(before % count), tf.constant((step - 1) % count + 1))
+            scalars = run(lrs, hrs, tf.constant(begin), tf.constant(begin + step - before))
             if due(LOG_EVERY):
                 scalars = {name: float(value) for name, value in scalars.items()}  # waits for the device
                 check_finite(phase.name, step, scalars.values())
@@ -479,7 +484,7 @@ def check_options(run_dir: Path, options: dict) -> dict:
         options["weights"] = f"sha256 {hashlib.sha256(content).hexdigest()[:16]}"
     file = run_dir / "options.json"
     begun = [name for name in PHASES if checkpoints(run_dir / "checkpoints" / name)]
-    before = options
+    before = options  # a new run: nothing has changed
     if begun and file.exists():
         before = json.loads(file.read_text())
 
@@ -537,12 +542,11 @@ def run_phases(run_dir: Path, args):
 
     srresnet = run_dir / "srresnet.weights.h5"
     srgan = run_dir / "srgan.weights.h5"
+    gan = run_dir / "gan.weights.h5" if args.finish else srgan
     vgg = None
     if args.STEPS or args.finish:
         vgg = losses.vgg_features(args.vgg_layer, args.vgg_weights)
-    gan_phase = srgan_phase
-    if not args.adversarial:  # nobody would listen to a discriminator
-        gan_phase = content_phase
+    gan_phase = srgan_phase if args.adversarial else content_phase  # else nobody would listen to a discriminator
 
     keras.utils.set_random_seed(args.seed)
     generator = model.generator()
@@ -555,7 +559,7 @@ def run_phases(run_dir: Path, args):
         write(srresnet, generator.save_weights)
     if args.STEPS:
         fit(gan_phase("gan", args.STEPS, args.seed + 1, generator, vgg, args), images, pairs, args)
-        write(run_dir / "gan.weights.h5" if args.finish else srgan, generator.save_weights)
+        write(gan, generator.save_weights)
     if args.finish:
         fit(content_phase("finish", args.finish, args.seed + 2, generator, vgg, args), images, pairs, args)
         write(srgan, generator.save_weights)
@@ -573,12 +577,11 @@ def train(args):
     devices = strategy.num_replicas_in_sync
     if args.BATCH_SIZE % devices:
         raise data.UserError(f"--BATCH_SIZE must be a multiple of the {devices} devices")
-    lock = contextlib.nullcontext()
-    if strategy.extended.should_checkpoint:  # of several workers, the chief
-        lock = data.lock(args.run_dir, wait=False)
     try:
-        with strategy.scope(), lock:
-            run_phases(Path(args.run_dir), args)
+        with strategy.scope():
+            lock = data.lock(args.run_dir, wait=False) if is_chief() else contextlib.nullcontext()
+            with lock:
+                run_phases(Path(args.run_dir), args)
     except tf.errors.ResourceExhaustedError as error:
         raise data.UserError(f"out of memory (lower --BATCH_SIZE) or disk: {str(error).splitlines()[0]}") from error
     except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError) as error:

@@ -1,4 +1,4 @@
-"""The losses of Ledig et al. 2017, section 2.2, with two more, and the metrics PSNR and SSIM.
+"""The losses of Ledig et al. 2017, section 2.2, with three more, and the metrics PSNR and SSIM.
 
 Losses take batches of RGB images, `(batch, height, width, 3)` float32 from 0 to 255, or what networks make of them, and
 return a scalar. Metrics take two images, `(height, width, channels)` uint8.
@@ -98,6 +98,22 @@ def colour_loss(hr, sr):
     loss = tf.reduce_mean(tf.square(blocks))
     loss += 5 * tf.reduce_mean(tf.square(chroma))  # with 1, a grey photograph kept a colour noise of 3.8 grey levels
     return loss + 10 * tf.reduce_mean(tf.square(positions))
+
+
+def mesh_loss(sr):
+    """How unevenly the differences of neighbouring pixels lie over the rows and columns of blocks of 4x4 pixels.
+
+    Not in the paper. In photographs, they lie evenly: 0. Without a discriminator, the texture that the content loss
+    asks for becomes a pattern in the 2x2 pixels of a pixel shuffle, a mesh on skin and water. A line in every fourth
+    column of a flat image gives 1.
+    """
+    brightness = tf.reduce_mean(sr, 3)
+    loss = 0.0
+    for image in (brightness, tf.transpose(brightness, (0, 2, 1))):
+        squares = tf.square(image[..., 1:-3] - image[..., :-4])  # without the last three, whose block isn't whole
+        means = tf.reduce_mean(tf.reshape(squares, (-1, 4)), 0) + 0.1  # so that flat images have none
+        loss += tf.reduce_mean(tf.square(means / tf.reduce_mean(means) - 1))
+    return loss
 
 
 # ---- Metrics ----

@@ -21,7 +21,8 @@ WEIGHTS = Path(__file__).resolve().parent / "weights" / "srgan.weights.h5"
 # The flags of `--recipe release`. The weights in weights/ were made with others like these: see weights/README.md.
 RELEASE = (
     "--PREGENSTEPS 34000 --STEPS 7000 --finish 300 --BATCH_SIZE 64 --lr_pre_gen 6e-4 --lr_gen 2e-4 --lr_decay cosine "
-    "--vgg_layer block3_conv4 --adversarial 1e-2 --colour 10 --penalty 0.1 --jpeg 60-95 --ema 0.999"
+    "--vgg_layer block3_conv4 --adversarial 1e-2 --colour 10 --penalty 0.1 --mesh 0.3 "
+    "--jpeg 60-95 --ema 0.999"
 )
 # The flags that go with each mode, beside its own. Without one of these modes, the program trains.
 MODES = {
@@ -115,6 +116,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(group, "--adversarial", weight, "W", 1e-3, "weight of the adversarial loss, beside the content loss")
     add(group, "--colour", weight, "W", 0.0, "weight of the colour loss")
     add(group, "--penalty", weight, "W", 0.0, "weight of the gradient penalty in the discriminator's loss")
+    add(group, "--mesh", weight, "W", 0.0, "weight of the mesh loss, where there is no discriminator")
     add(group, "--finish", steps, "N", 0, "steps after the GAN's, without a discriminator; 0: none")
     decays = ("paper", "cosine", "none")
     add(group, "--lr_decay", decays, None, "paper", "paper: a tenth in the 2nd half of GAN and finish; cosine: to 0")

@@ -39,7 +39,7 @@ VALIDATION_SIDE = 96  # LR pixels of each image that are upscaled, in both direc
 PHASES = {"pretrain": ("PREGENSTEPS", "lr_pre_gen"), "gan": ("STEPS", "lr_gen"), "finish": ("finish", "lr_gen")}
 # What can't change when a run is resumed: KEPT; KEPT_BY_GAN, once the GAN has begun; STEPS, once its finish has.
 KEPT = ("BATCH_SIZE", "images", "weights", "precision", "ema", "jpeg", "seed")
-KEPT_BY_GAN = ("PREGENSTEPS", "vgg_layer", "adversarial", "colour", "penalty")
+KEPT_BY_GAN = ("PREGENSTEPS", "vgg_layer", "adversarial", "colour", "penalty", "mesh")
 
 
 # ---- Devices ----
@@ -201,6 +201,10 @@ def content_phase(name: str, steps: int, seed: int, generator, vgg, args) -> Pha
                 colour = losses.colour_loss(hr, sr)
                 loss += args.colour * colour
                 scalars["Colour Loss"] = colour
+            if args.mesh:
+                mesh = losses.mesh_loss(sr)
+                loss += args.mesh * mesh
+                scalars["Mesh Loss"] = mesh
         update(generator, optimizer, tape, loss)
         return scalars | {"Perceptual Loss": loss}
 

@@ -104,6 +104,17 @@ def colour_loss(difference):
     return float(losses.colour_loss(hr, hr + np.float32(difference)))
 
 
+def test_mesh_loss_sees_a_mesh_and_no_even_texture():
+    texture = np.float32(np.random.default_rng(0).normal(100, 20, (4, 96, 96, 3)))
+    lines = np.zeros((1, 96, 96, 3), np.float32)
+    lines[:, :, ::4] = 50
+    assert losses.mesh_loss(tf.constant(texture)) < 0.01
+    assert losses.mesh_loss(tf.fill((1, 96, 96, 3), 7.0)) == 0
+    for mesh in (lines, lines.swapaxes(1, 2)):
+        assert float(losses.mesh_loss(tf.constant(mesh))) == pytest.approx(1, rel=1e-3)
+        assert float(losses.mesh_loss(tf.constant(texture + mesh))) > 0.2
+
+
 def test_colour_loss_sees_brightness():
     assert colour_loss(12.75) == pytest.approx(0.01 + 10 * 0.01)
 

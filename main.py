@@ -79,7 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
             group.add_argument(flag, type=kind, metavar=metavar, default=default, help=help)
 
     group = parser.add_argument_group("main flags")
-    add(group, "--STEPS", steps, "N", 2000, "GAN training steps; more extend a run, at the longer run's learning rate")
+    add(group, "--STEPS", steps, "N", 2000, "GAN training steps; 0: none; more extend a run, at a longer run's rate")
     add(group, "--PREGENSTEPS", steps, "N", 2000, "generator pre-training steps; 0: none")
     add(group, "--BATCH_SIZE", bounded(int, 1, 10**6), "N", 128, "patches per step, over all devices")
     add(group, "--lr_pre_gen", rate, "RATE", 1e-4, "learning rate of the pre-training")

@@ -78,9 +78,8 @@ class ShufflePReLUConv(layers.Layer):
         for top, left in itertools.product((0, 1), repeat=2):
             ways.append(tf.pad(self.kernel, [[top, 1 - top], [left, 1 - left], [0, 0], [0, 0]]))
         kernel = tf.concat(ways, axis=3)  # (10, 10, 64, 12)
-        kernel = tf.reshape(
-            kernel, (5, 2, 5, 2, 64, 12)
-        )  # rows: the tap, the place in the 2x2 block; columns: the same
+        # For rows, the tap and the place in its 2x2 block; the same for columns; in; out.
+        kernel = tf.reshape(kernel, (5, 2, 5, 2, 64, 12))
         return tf.reshape(tf.transpose(kernel, (0, 2, 1, 3, 4, 5)), (5, 5, 256, 12))
 
 
